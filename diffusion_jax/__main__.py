@@ -1,0 +1,240 @@
+"""The command line: python -m diffusion_jax COMMAND EXPERIMENT name=value ...; `make` calls it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusion_jax._version import __version__
+from diffusion_jax.arguments import closest, describe, resolve, split_arguments
+from diffusion_jax.typing import InputError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+SamplerName = Literal["default", "ddpm", "ddpm_large", "ancestral", "ddim", "euler", "heun", "dpmpp_2m"]
+
+
+def run_options(*, run: str = "", runs: str = "runs", devices: int | None = None, split: bool = False) -> dict:
+    """Where and on what a training run takes place; none of it changes the result.
+
+    Args:
+        run: name of the run; by default it is made from the experiment's arguments.
+        runs: the folder of all runs.
+        devices: how many devices to use; by default all.
+        split: split parameters and optimizer state over the devices instead of copying them.
+    """
+    return {"run": run, "runs": runs, "devices": devices, "split": split}
+
+
+def sample_options(
+    *,
+    n: int = 64,
+    seed: int = 0,
+    sampler: SamplerName = "default",
+    steps: int | None = None,
+    guidance: float | None = None,
+    label: int | None = None,
+    batch: int = 256,
+    format: Literal["png", "npz", "grid"] = "png",
+    checkpoint: str = "newest",
+    out: str = "",
+    run: str = "",
+    runs: str = "runs",
+    devices: int | None = None,
+) -> dict:
+    """Draw pictures from a trained run. Picture i depends on the seed and i alone.
+
+    Args:
+        n: number of pictures.
+        seed: all randomness.
+        sampler: another sampler than the experiment's.
+        steps: another number of sampling steps than the experiment's.
+        guidance: another scale of classifier-free guidance than the experiment's.
+        label: draw this class only; by default all classes in turn.
+        batch: pictures drawn at a time.
+        format: png writes each picture and a grid, npz one file of arrays and a grid, grid the grid alone.
+        checkpoint: newest, best, or a step.
+        out: folder to write to; by default inside the run.
+        run: name of the run; by default the newest one of the experiment.
+        runs: the folder of all runs.
+        devices: how many devices to use; by default all.
+    """
+    return dict(locals())
+
+
+def train(name: str, words: list[str]) -> None:
+    """Train an experiment, or go on with it, and print its last numbers."""
+    from diffusion_jax.experiment import find_experiment
+
+    function = find_experiment(name)
+    given = split_arguments(words)
+    known = inspect.signature(run_options).parameters
+    own = {key: value for key, value in given.items() if key not in known}
+    unknown = next((key for key in own if key not in inspect.signature(function).parameters), None)
+    if unknown is not None:
+        every = [*inspect.signature(function).parameters, *known]
+        raise InputError(f"{name} has no argument {unknown!r}{closest(unknown, every)}")
+    options = run_options(**resolve(run_options, {k: v for k, v in given.items() if k in known}, "train"))
+    arguments = resolve(function, own, name)
+    _set_up_jax()
+    experiment = function(**arguments)
+
+    from diffusion_jax.training.loop import fit
+
+    label = Path(name).stem
+    folder = Path(options["runs"]) / label / (options["run"] or run_name(own))
+    record = _record(name, arguments, experiment)
+    result = fit(experiment, folder, record, devices=options["devices"], split=options["split"])
+    print(f"pictures and numbers: {folder}/samples.png, denoising.gif, metrics.jsonl")
+    for key, value in result.items():
+        if key not in ("step", "finished"):
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def sample(name: str, words: list[str]) -> None:
+    """Draw pictures from the checkpoint of a run."""
+    from diffusion_jax.experiment import find_experiment
+
+    options = resolve(sample_options, split_arguments(words), "sample")
+    function = find_experiment(name)
+    folder = find_run(Path(options["runs"]) / Path(name).stem, options["run"])
+    record = json.loads((folder / "experiment.json").read_text())
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in record["arguments"].items()}
+    _set_up_jax()
+    experiment = function(**arguments)
+
+    from diffusion_jax.training.draw import draw_to_folder
+
+    print(draw_to_folder(experiment, folder, options))
+
+
+def run_name(given: Mapping[str, str]) -> str:
+    """A folder name from the arguments that were given: the same command finds its own run again.
+
+    >>> run_name({}), run_name({"width": "64", "steps": "200"})
+    ('default', 'steps=200,width=64')
+    """
+    text = ",".join(f"{key}={given[key]}" for key in sorted(given))
+    safe = re.sub(r"[^\w.=,+-]+", "-", text)
+    if safe == text and len(text) <= 100:
+        return text or "default"
+    return f"{safe[:80]}-{zlib.crc32(text.encode()):08x}"
+
+
+def find_run(folder: Path, run: str) -> Path:
+    """The folder of a run with that name, or of the newest run; InputError that lists the runs there are."""
+    there = sorted(folder.glob("*/experiment.json"), key=lambda path: path.stat().st_mtime)
+    names = [path.parent.name for path in there]
+    if not names:
+        raise InputError(f"no run in {folder}: train first, make train EXP={folder.name}")
+    if run and run not in names:
+        raise InputError(f"no run {run!r} in {folder}{closest(run, names)}; there are: {', '.join(names)}")
+    return folder / (run or names[-1])
+
+
+COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]] = {
+    "train": (train, run_options),
+    "sample": (sample, sample_options),
+}
+
+
+def main(words: list[str]) -> int:
+    """Run a command; bad input is one line on the error stream and a non-zero exit status."""
+    try:
+        if not words or words[0] not in COMMANDS:
+            hint = closest(words[0], COMMANDS) if words else ""
+            raise InputError(f"usage: python -m diffusion_jax {{{','.join(COMMANDS)}}} EXPERIMENT name=value …{hint}")
+        command, options = COMMANDS[words[0]]
+        rest = words[2:]
+        if len(words) < 2 or words[1] in ("-h", "--help", "help"):
+            print(describe(options, f"python -m diffusion_jax {words[0]} EXPERIMENT"))
+        elif any(word in ("-h", "--help", "help") for word in rest):
+            _help(words[0], words[1])
+        else:
+            command(words[1], rest)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; the last complete checkpoint stays", 130)
+    except (InputError, OSError, RuntimeError) as error:
+        if os.environ.get("DIFFUSION_JAX_TRACEBACK"):
+            raise
+        return _fail(*_explain(error))
+    return 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from diffusion_jax.training.loop import RunError
+
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, RunError):
+        return str(error), getattr(error, "code", 1)
+    if isinstance(error, OSError):
+        return f"{error} (the last complete checkpoint stays; free space or fix the folder, then the same command)", 1
+    raise error
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}" if code < 128 else message, file=sys.stderr)
+    return code
+
+
+def _help(command: str, name: str) -> None:
+    from diffusion_jax.experiment import find_experiment
+
+    print(describe(COMMANDS[command][1], f"make {command} EXP={name}"))
+    if command == "train":
+        print(describe(find_experiment(name), f"make train EXP={name} ARGS=…"))
+
+
+def _set_up_jax() -> None:
+    """Compiled programs are kept between runs, and several hosts find each other where they are told to."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusion_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _record(name: str, arguments: Mapping[str, Any], experiment: Any) -> dict:
+    """What experiment.json says of a run."""
+    from importlib.metadata import version
+
+    import jax
+
+    from diffusion_jax.training.state import parameter_count
+
+    return {
+        "experiment": name,
+        "arguments": dict(arguments),
+        "parameters": parameter_count(experiment.net),
+        "versions": {"python": sys.version.split()[0], "diffusion_jax": __version__}
+        | {package: version(package) for package in PACKAGES},
+        "commit": _commit(),
+        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with "+" for changes since, or None outside of one."""
+    here = Path(__file__).parent
+    try:
+        head, status = (
+            subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if status else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

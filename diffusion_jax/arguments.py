@@ -1,0 +1,85 @@
+"""Command lines of the form name=value, from the signature of a typed function; types and help come from tyro."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_origin, get_type_hints
+
+from diffusion_jax.typing import InputError
+
+
+def split_arguments(words: list[str]) -> dict[str, str]:
+    """`name=value` and `--name=value` words as a dict; InputError for anything else or a name given twice.
+
+    >>> split_arguments(["width=64", "--learning-rate=1e-3"])
+    {'width': '64', 'learning_rate': '1e-3'}
+    """
+    pairs: dict[str, str] = {}
+    for word in words:
+        match = re.fullmatch(r"(?:--)?([A-Za-z][\w-]*)=(.*)", word, re.DOTALL)
+        if match is None:
+            raise InputError(f"cannot read the argument {word!r}: write name=value")
+        name = match[1].replace("-", "_")
+        if name in pairs:
+            raise InputError(f"the argument {name} is given twice")
+        pairs[name] = match[2]
+    return pairs
+
+
+def resolve(function: Callable[..., Any], values: Mapping[str, str], what: str) -> dict[str, Any]:
+    """All keyword arguments of a typed function, defaults filled in, from the texts of some.
+
+    InputError, one line, for an unknown name (with the closest there is), a wrong type or a missing argument.
+    """
+    parameters = inspect.signature(function).parameters
+    for name in values:
+        if name not in parameters:
+            raise InputError(f"{what} has no argument {name!r}{closest(name, parameters)}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in values:
+            raise InputError(f"{what} needs the argument {name}=…")
+    resolved = {name: p.default for name, p in parameters.items()}
+    hints = get_type_hints(function)
+    return resolved | {name: _parse(name, text, hints.get(name, str)) for name, text in values.items()}
+
+
+def describe(function: Callable[..., Any], prog: str) -> str:
+    """The help text of a typed function: its documentation, and each argument with its type and default."""
+    import tyro
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(function, args=["--help"], prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    return re.sub(r"--(\w+) ", r"\1=", out.getvalue())
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest of the known names, or nothing.
+
+    >>> closest("widht", ["width", "steps"])
+    "; did you mean 'width'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    import tyro
+
+    words = text.split(",") if get_origin(kind) is tuple else [text]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=words, config=(tyro.conf.FlagConversionOff,), default=tyro.MISSING)
+    except SystemExit:
+        raise InputError(f"{name}={text}: not {_kind_name(kind)}") from None
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    return names.get(kind, f"of the type {str(kind).removeprefix('typing.')}")

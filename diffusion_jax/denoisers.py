@@ -1,0 +1,74 @@
+r"""Networks become denoisers here: parameterization, network time, preconditioning.
+
+A bound network is `(x, t, cond) -> f32[b *d']`, for example `partial(net.apply, params)`.
+
+EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, eq. 7 and table 1), for data of standard deviation
+sigma_data, with sigma = sigma_t / alpha_t and x / alpha_t so that any schedule can be used:
+
+    D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)                                        (1)
+    c_skip = sd^2 / (sigma^2 + sd^2)          c_out   = sigma sd / sqrt(sigma^2 + sd^2)
+    c_in   = 1 / sqrt(sigma^2 + sd^2)         c_noise = log(sigma) / 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from diffusion_jax.ops import bcast
+from diffusion_jax.predictions import FROM, Predicts, from_x0, lookup
+from diffusion_jax.typing import Array, Cond, Denoiser, Prediction, Schedule
+
+BoundNet = Callable[[Array, Array, Cond], Array]
+
+
+def parameterize(
+    net: BoundNet,
+    schedule: Schedule,
+    predicts: Predicts,
+    time: Callable[[Array], Array] | None = None,
+    learned_variance: bool = False,
+) -> Denoiser:
+    """A denoiser from a bound network that predicts x0, eps, the score, v or the velocity.
+
+    `time` maps t to what the network was trained on, see `discrete_time`; None feeds t. With `learned_variance` the
+    last axis of the output is twice that of x and its second half, in [-1, 1], becomes the variance fraction
+    (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1). ValueError for an unknown name or another output shape.
+    """
+    convert = lookup(FROM, predicts)
+
+    def denoiser(x: Array, t: Array, cond: Cond = None) -> Prediction:
+        out = net(x, t if time is None else time(t), cond)
+        fraction = None
+        if learned_variance:
+            out, logits = jnp.split(out, 2, axis=-1)
+            fraction = (logits + 1) / 2
+        if out.shape != x.shape:
+            raise ValueError(f"parameterize: the network returned {out.shape} for x of shape {x.shape}")
+        return convert(schedule, x, t, out)._replace(variance_fraction=fraction)
+
+    return denoiser
+
+
+def edm_precondition(net: BoundNet, schedule: Schedule, sigma_data: float = 0.5) -> Denoiser:
+    """A denoiser from a bound network F in EDM's preconditioning, eq. (1)."""
+
+    def denoiser(x: Array, t: Array, cond: Cond = None) -> Prediction:
+        alpha, sigma_t = schedule(t)
+        sigma = sigma_t / alpha
+        norm = jnp.sqrt(sigma**2 + sigma_data**2)
+        out = net(bcast(1 / (alpha * norm), x) * x, jnp.log(sigma) / 4, cond)
+        skip = sigma_data**2 / (alpha * norm**2)
+        return from_x0(schedule, x, t, bcast(skip, x) * x + bcast(sigma * sigma_data / norm, x) * out)
+
+    return denoiser
+
+
+def discrete_time(table: int = 1000) -> Callable[[Array], Array]:
+    """Network time of a model trained on indices 0..T-1: t -> T t - 1.
+
+    >>> float(discrete_time(1000)(jnp.float32(1.0)))
+    999.0
+    """
+    return lambda t: table * t - 1

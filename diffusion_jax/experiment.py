@@ -1,0 +1,104 @@
+"""An experiment: a frozen dataclass of objects, made by one typed function whose arguments are the command line.
+
+    experiments/digits.py:    def experiment(*, width: int = 32, steps: int = 2000, ...) -> Experiment
+    command line:             make train EXP=digits ARGS="width=64 steps=200"
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from diffusion_jax.arguments import closest
+from diffusion_jax.denoisers import BoundNet
+from diffusion_jax.training.data import Data
+from diffusion_jax.training.ema import Decay
+from diffusion_jax.training.step import Objective
+from diffusion_jax.typing import Array, Cond, Denoiser, InputError, Net, Sampler, Schedule
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of.
+
+    data: loads the data set when called. shape: (h, w, c) of a picture.
+    read: turns the bound network into a denoiser. objective: the loss of each example.
+    times: number of steps -> grid, for sampling with `sampler` in `sample_steps` steps; `guidance` is the default
+    scale of classifier-free guidance and `null` the label for "no label" (None: unconditional), which replaces
+    labels with probability `drop` in training. `clip` limits x0 to [-1, 1] while sampling.
+    batch examples a step for `steps` steps; `dispatch` steps go to the device at once; every `checkpoint_every` steps a
+    checkpoint, of which the newest `keep` and the best are kept, and every `sample_every` steps a grid of samples.
+    evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> u8[n,h,w,c].
+    """
+
+    data: Callable[[], Data]
+    shape: tuple[int, int, int]
+    net: Net
+    schedule: Schedule
+    read: Callable[[BoundNet], Denoiser]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    ema: Decay
+    sampler: Sampler
+    times: Callable[[int], Array]
+    sample_steps: int
+    steps: int
+    batch: int
+    seed: int = 0
+    null: Cond = None
+    drop: float = 0.0
+    guidance: float = 1.0
+    clip: bool = False
+    learned_variance: bool = False
+    flip: bool = False
+    accumulate: int = 1
+    dispatch: int = 1
+    log_every: int = 100
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    evaluate: Callable[[Callable[[Array, int], Any]], Mapping[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sample_steps", "steps", "batch", "accumulate", "dispatch", "log_every", "keep"):
+            check_at_least(1, **{name: getattr(self, name)})
+        check_at_least(0, sample_every=self.sample_every, checkpoint_every=self.checkpoint_every, seed=self.seed)
+        if self.batch % self.accumulate:
+            raise InputError(f"batch={self.batch} does not divide into accumulate={self.accumulate} parts")
+        if not 0 <= self.drop <= 1:
+            raise InputError(f"drop={self.drop}: a probability is between 0 and 1")
+
+
+def check_at_least(low: float, **values: float) -> None:
+    """InputError unless every named value is at least `low`."""
+    for name, value in values.items():
+        if not value >= low:
+            raise InputError(f"{name}={value} is not possible: it must be at least {low}")
+
+
+def find_experiment(name: str) -> Callable[..., Experiment]:
+    """The function `experiment` of experiments/NAME.py below the current folder, or of a path that ends in .py.
+
+    InputError for an unknown name, with the closest one there is.
+    """
+    folder = Path("experiments")
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+        raise InputError(f"unknown experiment {name!r}{closest(name, known)}; there are: {', '.join(known) or 'none'}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    spec = importlib.util.spec_from_file_location(f"experiments.{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "experiment"):
+        raise InputError(f"{path} has no function named experiment")
+    return module.experiment

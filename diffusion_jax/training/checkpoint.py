@@ -1,0 +1,140 @@
+"""Checkpoints: train state, data position and experiment in one atomic step, through Orbax.
+
+A step's folder holds `state` (sharded arrays) and `meta` (JSON: the position of the data, the resolved experiment, the
+shape of every array and a digest of all bits). Saving is asynchronous; a folder appears under its final name only
+when it is complete, so that a killed run always finds whole ones. Restoring checks the digest, and goes back to the
+previous step if one cannot be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from diffusion_jax.training.state import TrainState, digest
+from diffusion_jax.typing import InputError
+
+METRIC = "metric"
+_digest = jax.jit(digest)
+
+
+def open_checkpoints(folder: Path, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of a folder: the newest `keep` are kept, and the one whose metric is smallest."""
+
+    def metric(metrics: Any) -> float:
+        return metrics[METRIC]
+
+    policy = policies.AnyPreservationPolicy(
+        [policies.LatestN(keep), policies.BestN(get_metric_fn=metric, reverse=True, n=1)]
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=metric,
+        best_mode="min",
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not read_only,
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, position: dict, experiment: dict, metric: float) -> None:
+    """Begin to save a state; what could not be written is raised here, at the next save or by `wait`, as OSError."""
+    meta = {
+        "position": position,
+        "experiment": experiment,
+        "shapes": shapes(state),
+        "digest": [int(word) for word in np.asarray(_digest(state))],
+    }
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    with _as_os_error():
+        manager.save(int(state.step), args=items, metrics={METRIC: metric})
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Return when all saves are complete; OSError if one failed."""
+    with _as_os_error():
+        manager.wait_until_finished()
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    like: TrainState,
+    report: Callable[[str], None],
+    step: int | None = None,
+    read_only: bool = False,
+) -> tuple[TrainState, dict] | None:
+    """The newest readable checkpoint, or that of `step`: (state, meta), or None if there is none at all.
+
+    like: a tree of `ShapeDtypeStruct` with shardings, which may be of another mesh than the one that saved. A
+    checkpoint that is truncated or fails its digest is reported, set aside (unless `read_only`), and the previous one
+    is taken. InputError if none can be read, or if a parameter has another shape than in `like`; it is named.
+    """
+    steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
+    for candidate in steps:
+        try:
+            return _restore_one(manager, candidate, like)
+        except InputError:
+            raise
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            report(f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}); going back to the one before")
+            if not read_only:
+                _set_aside(manager, candidate)
+    if steps:
+        raise InputError(f"no checkpoint in {manager.directory} can be read: remove the folder to start again")
+    return None
+
+
+def shapes(state: TrainState) -> dict[str, list[int]]:
+    """The shape of every array by its dotted path, parameters first."""
+    leaves = jax.tree_util.tree_flatten_with_path({"params": state.params, "opt_state": state.opt_state})[0]
+    paths = {jax.tree_util.keystr(path, simple=True, separator="."): list(leaf.shape) for path, leaf in leaves}
+    return dict(sorted(paths.items(), key=lambda item: not item[0].startswith("params.")))
+
+
+def _restore_one(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict]:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    _check_shapes(meta["shapes"], shapes(like), f"checkpoint {step} in {manager.directory}")
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+    if [int(word) for word in np.asarray(_digest(state))] != meta["digest"]:
+        raise OSError("its contents do not match their digest")
+    return state, meta
+
+
+def _check_shapes(saved: dict, wanted: dict, where: str) -> None:
+    for path in [*wanted, *saved]:
+        if saved.get(path) != wanted.get(path):
+            has, needs = (table.get(path, "absent") for table in (saved, wanted))
+            raise InputError(
+                f"{where} is of another architecture: the first difference is {path}, {has} there and {needs} here"
+            )
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    folder = Path(str(manager.directory)) / str(step)
+    aside = folder.with_name(f"unreadable-{step}")
+    for n in range(1000):
+        if not aside.exists():
+            break
+        aside = folder.with_name(f"unreadable-{step}-{n}")
+    folder.rename(aside)
+    manager.reload()
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Orbax raises what its writer threads raised, of many kinds; a user's disk is the cause of all of them."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError((str(error).strip() or type(error).__name__).splitlines()[0][:300]) from error

@@ -1,0 +1,117 @@
+"""Drawing from the checkpoint of a run into a folder: what `make sample` does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from diffusion_jax import samplers
+from diffusion_jax.experiment import Experiment, check_at_least
+from diffusion_jax.training import checkpoint
+from diffusion_jax.training.generate import drawn, make_draw
+from diffusion_jax.training.mesh import make_mesh, replicated
+from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
+from diffusion_jax.training.state import init_state
+from diffusion_jax.typing import InputError, Params, Sampler, Schedule
+
+SAMPLERS: dict[str, Callable[[Schedule], Sampler]] = {
+    "ddpm": samplers.ddpm,
+    "ddpm_large": partial(samplers.ddpm, variance="large"),
+    "ancestral": samplers.ancestral,
+    "ddim": samplers.ddim,
+    "euler": samplers.euler,
+    "heun": samplers.heun,
+    "dpmpp_2m": samplers.dpmpp_2m,
+}
+
+
+def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, Any]) -> str:
+    """Draw options["n"] pictures from the run in `folder` and write them; returns a line that says where.
+
+    InputError for a run without checkpoints, or options that do not fit the experiment.
+    """
+    check_at_least(1, n=options["n"], batch=options["batch"])
+    check_at_least(0, seed=options["seed"])
+    labels = _labels(experiment, options)
+    try:
+        draw = make_draw(experiment, sampler=_sampler(experiment, options), **_set(options, "steps", "guidance"))
+    except ValueError as error:
+        raise InputError(f"steps={options['steps']}: {error}") from None
+    mesh = make_mesh(options["devices"])
+    params, step = load_averaged(experiment, folder, options["checkpoint"])
+    out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}"
+    out.mkdir(parents=True, exist_ok=True)
+    parts = drawn(draw, params, mesh, options["n"], options["seed"], options["batch"], labels)
+    return _write(parts, out, options, labels)
+
+
+def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -> tuple[Params, int]:
+    """The averaged parameters of a run and their step; `which` is newest, best, or a step."""
+    manager = checkpoint.open_checkpoints(folder / "checkpoints", read_only=True)
+    try:
+        steps = manager.all_steps()
+        if which not in ("newest", "best") and which not in map(str, steps):
+            raise InputError(f"checkpoint={which}: there are newest, best, {', '.join(map(str, sorted(steps)))}")
+        step = {"newest": None, "best": manager.best_step()}.get(which) if not which.isdigit() else int(which)
+        init = partial(init_state, jax.random.key(0), experiment.net, experiment.optimizer)
+        whole = replicated(make_mesh(1))
+        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(init))
+        restored = checkpoint.restore(manager, like, lambda m: print(m, file=sys.stderr), step, read_only=True)
+    finally:
+        manager.close()
+    if restored is None:
+        raise InputError(f"no checkpoint in {folder}: train first")
+    return restored[0].ema, int(restored[0].step)
+
+
+def _labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | None:
+    n, label = options["n"], options["label"]
+    if experiment.null is None:
+        if label is not None or options["guidance"] is not None:
+            raise InputError("label and guidance are for class-conditional experiments; this one has no classes")
+        return None
+    if label is not None and not 0 <= label < experiment.null:
+        raise InputError(f"label={label}: this experiment has the classes 0 to {experiment.null - 1}")
+    return np.arange(n) % experiment.null if label is None else np.full(n, label)
+
+
+def _sampler(experiment: Experiment, options: Mapping[str, Any]) -> Sampler | None:
+    name = options["sampler"]
+    if name == "ancestral" and not experiment.learned_variance:
+        raise InputError("sampler=ancestral needs a network with a learned variance; use ddpm or ddpm_large")
+    return None if name == "default" else SAMPLERS[name](experiment.schedule)
+
+
+def _set(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray | None) -> str:
+    n, kept, shown = options["n"], [], []
+    with tqdm(total=n, desc="drawing", unit="image", dynamic_ncols=True) as bar:
+        for part in parts:
+            start = bar.n
+            if options["format"] == "png":
+                for i, image in enumerate(part):
+                    save_picture(out / f"{start + i:06d}.png", image)
+            elif options["format"] == "npz":
+                kept.append(part)
+            shown += list(part[: max(0, 100 - len(shown))])
+            bar.update(len(part))
+    columns = 10 if len(shown) >= 10 else len(shown)
+    save_picture(out / "grid.png", grid(np.stack(shown), columns, fitting_scale(shown[0].shape[1], columns)))
+    (out / "settings.json").write_text(json.dumps(dict(options), indent=2) + "\n")
+    if options["format"] == "npz":
+        arrays = {"images": np.concatenate(kept)} | ({} if labels is None else {"labels": labels})
+        np.savez(out / "images.npz", **arrays)
+    return f"{n} pictures in {out}: grid.png" + {"png": ", 000000.png …", "npz": ", images.npz", "grid": ""}[
+        options["format"]
+    ]

@@ -1,0 +1,57 @@
+"""What a training run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_jax.typing import Array, Key, Net, Params
+
+
+class TrainState(NamedTuple):
+    """step: i32[], the number of updates made; params and ema: fp32 trees; key: the run's one key, never changed.
+
+    What a step draws is a function of fold_in(key, step), so that a state is all a resumed run needs.
+    """
+
+    step: Array
+    params: Params
+    ema: Params
+    opt_state: Any
+    key: Key
+
+
+def init_state(key: Key, net: Net, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update. Parameters come from fold_in(key, 0), the run's draws from fold_in(key, 1)."""
+    params = net.init(jax.random.fold_in(key, 0))
+    # The average is a copy of its own: a donated buffer may not appear twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), jax.random.fold_in(key, 1))
+
+
+def parameter_count(net: Net) -> int:
+    """Number of scalars in a network's parameters; nothing is computed."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
+
+
+def digest(tree: Any) -> Array:
+    """A checksum of all bits of a tree of arrays, u32[leaves], that any changed element changes.
+
+    Each 32-bit word is multiplied by an odd number that depends on its place, and the products are added modulo 2^32:
+    integer sums do not depend on their order, so that the sharding of the arrays does not matter.
+    """
+    return jnp.stack([_leaf_digest(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _leaf_digest(leaf: Array) -> Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    size = leaf.dtype.itemsize
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
+    words = jnp.ravel(jax.lax.bitcast_convert_type(leaf, unsigned)).astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, words.size)
+    mixed = (place + jnp.uint32(1)) * jnp.uint32(2654435761)
+    return jnp.sum(words * (((mixed ^ (mixed >> 15)) << 1) | jnp.uint32(1)), dtype=jnp.uint32)

@@ -1,0 +1,126 @@
+r"""The training step: a pure function (state, batch) -> (state, metrics).
+
+Nothing here knows of devices, files or progress: a notebook can jit `make_train_step` and call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_jax.denoisers import BoundNet
+from diffusion_jax.ops import fold
+from diffusion_jax.training.data import gather, prepare
+from diffusion_jax.training.ema import Decay, update
+from diffusion_jax.training.state import TrainState
+from diffusion_jax.typing import Array, Cond, Denoiser, Key, Net, Params
+
+Batch = Mapping[str, Array]
+LossFn = Callable[[Params, Batch, Key], Array]
+"""(params, batch, key) -> f32[], the mean loss of a batch."""
+Objective = Callable[[Key, Denoiser, Array, Cond], Array]
+"""(key, denoiser, x0: f32[b *d], cond) -> f32[b], the loss of each example."""
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, decay: Decay, accumulate: int = 1
+) -> TrainStep:
+    """One update: gradients, optimizer, moving average. Metrics: loss and grad_norm, f32[].
+
+    The step draws from fold_in(state.key, state.step). With `accumulate` > 1 the batch is cut into that many parts
+    whose gradients are averaged, for a batch that does not fit in memory; ValueError if it does not divide.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate == 1:
+            loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
+        else:
+            loss, grads = _accumulated(loss_fn, state.params, batch, key, accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update(state.ema, params, decay(state.step))
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+
+    return step
+
+
+def make_loss_fn(
+    net: Net,
+    read: Callable[[BoundNet], Denoiser],
+    objective: Objective,
+    *,
+    null: Cond = None,
+    drop: float = 0.0,
+    flip: bool = False,
+    train: bool = True,
+) -> LossFn:
+    """The loss of a batch {"image": u8[b,h,w,c], "label": i32[b]} of pictures.
+
+    `read` turns the bound network into a denoiser. Pictures are scaled to [-1, 1] and, with `flip`, mirrored at
+    random. With `null` given, labels are the condition, and each is replaced by `null` with probability `drop`, which
+    trains the unconditional model for guidance. `train=False` turns off dropout, flips and dropping.
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Key) -> Array:
+        k_flip, k_drop, k_net, k_loss = (fold(key, i) for i in range(4))
+        x0 = prepare(batch["image"], k_flip, flip and train)
+        cond = None
+        if null is not None:
+            cond = batch["label"]
+            if drop and train:
+                gone = jax.random.bernoulli(k_drop, drop, cond.shape)
+                cond = jnp.where(gone, jnp.asarray(null, cond.dtype), cond)
+        denoiser = read(partial(net.apply, params, key=k_net if train else None))
+        return jnp.mean(objective(k_loss, denoiser, x0, cond))
+
+    return loss_fn
+
+
+def make_dispatch(step: TrainStep) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Several steps in one program: (state, resident, batches, n) -> (state, metrics).
+
+    batches: leaves [k, b, ...]; the first n: i32[] <= k of them are used, n being traced, so that one compilation
+    serves any number. With resident arrays batches is {"index": i32[k, b]} into them. Metrics are f32[k], NaN past n.
+    """
+
+    def dispatch(
+        state: TrainState, resident: Batch | None, batches: Batch, n: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def one(i: Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+            state, rows = carry
+            batch = jax.tree.map(lambda leaf: leaf[i], dict(batches))
+            state, metrics = step(state, batch if resident is None else gather(resident, batch["index"]))
+            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
+
+        k = jax.tree.leaves(dict(batches))[0].shape[0]
+        rows = {"loss": jnp.full((k,), jnp.nan), "grad_norm": jnp.full((k,), jnp.nan)}
+        if k == 1:
+            return one(jnp.zeros((), jnp.int32), (state, rows))
+        return jax.lax.fori_loop(0, n, one, (state, rows))
+
+    return dispatch
+
+
+def _accumulated(loss_fn: LossFn, params: Params, batch: Batch, key: Key, parts: int) -> tuple[Array, Params]:
+    def cut(leaf: Array) -> Array:
+        if leaf.shape[0] % parts:
+            raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {parts} parts")
+        # Part i takes every parts-th example: each device keeps its own rows of a sharded batch.
+        return jnp.swapaxes(jnp.reshape(leaf, (leaf.shape[0] // parts, parts, *leaf.shape[1:])), 0, 1)
+
+    def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+        i, rows = part
+        new = jax.value_and_grad(loss_fn)(params, rows, fold(key, i))
+        return jax.tree.map(jnp.add, total, new), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(parts), jax.tree.map(cut, dict(batch))))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
