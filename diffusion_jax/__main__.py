@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_jax._version import __version__
-from diffusion_jax.arguments import closest, describe, resolve, split_arguments
+from diffusion_jax.arguments import Count, Natural, closest, describe, resolve, split_arguments
 from diffusion_jax.typing import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 SamplerName = Literal["default", "ddpm", "ddpm_large", "ancestral", "ddim", "euler", "heun", "dpmpp_2m"]
 
 
-def run_options(*, run: str = "", runs: str = "runs", devices: int | None = None, split: bool = False) -> dict:
+def run_options(*, run: str = "", runs: str = "runs", devices: Count | None = None, split: bool = False) -> dict:
     """Where and on what a training run takes place; none of it changes the result.
 
     Args:
@@ -35,19 +35,19 @@ def run_options(*, run: str = "", runs: str = "runs", devices: int | None = None
 
 def sample_options(
     *,
-    n: int = 64,
-    seed: int = 0,
+    n: Count = 64,
+    seed: Natural = 0,
     sampler: SamplerName = "default",
-    steps: int | None = None,
+    steps: Count | None = None,
     guidance: float | None = None,
-    label: int | None = None,
-    batch: int = 256,
+    label: Natural | None = None,
+    batch: Count = 256,
     format: Literal["png", "npz", "grid"] = "png",
     checkpoint: str = "newest",
     out: str = "",
     run: str = "",
     runs: str = "runs",
-    devices: int | None = None,
+    devices: Count | None = None,
 ) -> dict:
     """Draw pictures from a trained run. Picture i depends on the seed and i alone.
 

@@ -8,9 +8,26 @@ import inspect
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_origin, get_type_hints
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from diffusion_jax.typing import InputError
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The smallest value an argument can have, as an annotation of its type."""
+
+    low: float
+
+
+Count = Annotated[int, AtLeast(1)]
+"""A whole number from 1 on."""
+Natural = Annotated[int, AtLeast(0)]
+"""A whole number from 0 on."""
+Amount = Annotated[float, AtLeast(0)]
+"""A number from 0 on."""
 
 
 def split_arguments(words: list[str]) -> dict[str, str]:
@@ -44,7 +61,7 @@ def resolve(function: Callable[..., Any], values: Mapping[str, str], what: str) 
         if parameter.default is inspect.Parameter.empty and name not in values:
             raise InputError(f"{what} needs the argument {name}=…")
     resolved = {name: p.default for name, p in parameters.items()}
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     return resolved | {name: _parse(name, text, hints.get(name, str)) for name, text in values.items()}
 
 
@@ -69,6 +86,16 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
+    if get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind):
+        some = next(part for part in get_args(kind) if part is not type(None))
+        return None if text == "None" else _parse(name, text, some)
+    if get_origin(kind) is Annotated:
+        kind, *notes = get_args(kind)
+        value = _parse(name, text, kind)
+        for note in notes:
+            if isinstance(note, AtLeast) and not value >= note.low:
+                raise InputError(f"{name}={text} is not possible: it must be at least {note.low}")
+        return value
     import tyro
 
     words = text.split(",") if get_origin(kind) is tuple else [text]

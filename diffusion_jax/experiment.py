@@ -1,7 +1,7 @@
 """An experiment: a frozen dataclass of objects, made by one typed function whose arguments are the command line.
 
-    experiments/digits.py:    def experiment(*, width: int = 32, steps: int = 2000, ...) -> Experiment
-    command line:             make train EXP=digits ARGS="width=64 steps=200"
+experiments/digits.py:    def experiment(*, width: int = 32, steps: int = 2000, ...) -> Experiment
+command line:             make train EXP=digits ARGS="width=64 steps=200"
 """
 
 from __future__ import annotations

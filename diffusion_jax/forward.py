@@ -58,7 +58,8 @@ def variance_bounds(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Arra
     """Logarithms of the lower and upper bound of the reverse variance: each f32[*b].
 
     The lower one is the posterior's, eq. (3), right for data that is a point; the upper one is var_ts, right for
-    data that is standard normal (Ho et al. 2020, section 3.2). The lower is -inf where sigma_s = 0.
+    data that is standard normal if the schedule is variance preserving (Ho et al. 2020, section 3.2). The lower is
+    -inf where sigma_s = 0.
     """
     upper = jnp.log(transition(schedule, t, s)[1])
     return upper + 2 * (jnp.log(schedule(s).sigma) - jnp.log(schedule(t).sigma)), upper

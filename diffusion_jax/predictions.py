@@ -59,7 +59,8 @@ def from_velocity(schedule: Schedule, x: Array, t: Array, velocity: Array) -> Pr
     """x0 = (sigma' x - sigma u) / w, eps = (alpha u - alpha' x) / w, w = alpha sigma' - sigma alpha' > 0."""
     (alpha, sigma), (d_alpha, d_sigma) = schedule(t), rates(schedule, t)
     w = alpha * d_sigma - sigma * d_alpha
-    x0 = bcast(d_sigma / w, x) * x - bcast(sigma / w, x) * velocity
+    keep = jnp.where(jnp.isinf(d_sigma), 1 / alpha, d_sigma / w)  # variance preserving schedules at t = 0
+    x0 = bcast(keep, x) * x - bcast(sigma / w, x) * velocity
     return Prediction(x0, bcast(alpha / w, x) * velocity - bcast(d_alpha / w, x) * x)
 
 

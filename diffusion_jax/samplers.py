@@ -222,6 +222,7 @@ def churn(
         t_hat = jnp.where((t >= t_min) & (t < t_max), raised, t)
         scaled = bcast(transition(schedule, t_hat, t)[0], x) * x
         up = scaled + noise * (renoise(fold(key, 0), schedule, x, t, t_hat) - scaled)
+        up = jnp.where(t_hat > t, up, x)  # at t_hat = t without signal, alpha / alpha is undefined
         return inner.step(fold(key, 1), up, state, t_hat, s, denoise)
 
     return inner if gamma == 0 else Sampler(inner.init, step)

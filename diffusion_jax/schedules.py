@@ -204,7 +204,8 @@ def drift_diffusion(schedule: Schedule, t: Array) -> tuple[Array, Array]:
 
 
 def _variance_preserving(log_alpha: Array) -> AlphaSigma:
-    return AlphaSigma(jnp.exp(log_alpha), jnp.sqrt(jnp.abs(jnp.expm1(2 * log_alpha))))
+    # 0 - y and not -y: no negative zero at t = 0, and there the derivative is +inf as it should be.
+    return AlphaSigma(jnp.exp(log_alpha), jnp.sqrt(0 - jnp.expm1(2 * log_alpha)))
 
 
 def _positive(steps: int) -> int:

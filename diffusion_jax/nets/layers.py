@@ -19,11 +19,12 @@ Parameters are float32; `dtype` is the type in which a layer computes and to whi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from diffusion_jax.ops import is_batched
@@ -65,6 +66,16 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y + _per_channel(self.bias[...].astype(self.dtype), y)
+
+
+def joint(x: Array, *linears: Linear) -> list[Array]:
+    """Several linear layers on the same input in one matrix product: 7 % of a small U-Net's training step on CPU."""
+    dtype = linears[0].dtype
+    kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1).astype(dtype)
+    bias = jnp.concatenate([linear.bias[...] for linear in linears]).astype(dtype)
+    y = jnp.matmul(x.astype(dtype), kernel)
+    ends = np.cumsum([linear.kernel.shape[1] for linear in linears])[:-1]
+    return jnp.split(y + _per_channel(bias, y), ends, axis=-1)
 
 
 class Conv(nnx.Module):
@@ -157,27 +168,39 @@ def _per_channel(c: Array, x: Array) -> Array:
     return jnp.reshape(c, (1,) * (x.ndim - c.ndim) + c.shape)
 
 
-def dropout(x: Array, rate: float, key: Key | None) -> Array:
-    """Zero elements of `x: [b *d]` at random and rescale the rest; key None or rate 0 means none.
+def dropout(x: Array, rate: float, noise: Array | None) -> Array:
+    """Zero elements of `x: [b *d]` where the bytes `noise: uint8[b *d]` say so and rescale the rest; None: keep all.
 
     One byte decides each element, so the rate is rounded to a multiple of 1/256, and the rescaling is exact for
-    the rounded rate. With a `[b]` array of keys, example i is masked by key i alone.
+    the rounded rate. The bytes are those of `dropout_noise`.
     """
-    if key is None or rate == 0:
+    if noise is None or rate == 0:
         return x
     keep = max(1, round(256 * (1 - rate)))
+    return jnp.where(noise < keep, x * (256 / keep), jnp.zeros((), x.dtype))
+
+
+def dropout_noise(
+    key: Key | None, rate: float, batch: int, shapes: Sequence[tuple[int, ...]]
+) -> Sequence[Array | None]:
+    """Random bytes `uint8[batch, *shape]` for each of the shapes, all from one draw; None for each if there is no key.
+
+    One draw because every further one costs a second of compilation on CPU; four bytes from each 32-bit word,
+    a quarter of the generator's work. With a `[b]` array of keys, the bytes of example i depend on key i alone.
+    """
+    if key is None or rate == 0:
+        return [None] * len(shapes)
+    sizes = [math.prod(shape) for shape in shapes]
+    ends = np.cumsum([-(-size // 4) for size in sizes])
     if is_batched(key):
-        drawn = jax.vmap(lambda k: _bytes(k, x.shape[1:]))(key)
+        words = jax.vmap(lambda k: jax.random.bits(k, (ends[-1],), jnp.uint32))(key)
     else:
-        drawn = _bytes(key, x.shape)
-    return jnp.where(drawn < keep, x * (256 / keep), jnp.zeros((), x.dtype))
-
-
-def _bytes(key: Key, shape: tuple[int, ...]) -> Array:
-    """Random bytes: four from each 32-bit word, a quarter of the generator's work."""
-    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
-    drawn = jax.lax.bitcast_convert_type(words, jnp.uint8)
-    return jnp.reshape(drawn, (*shape[:-1], -1))[..., : shape[-1]]
+        words = jax.random.bits(key, (batch, ends[-1]), jnp.uint32)
+    parts = [jax.lax.bitcast_convert_type(part, jnp.uint8) for part in jnp.split(words, ends[:-1], axis=1)]
+    return [
+        jnp.reshape(jnp.reshape(part, (batch, -1))[:, :size], (batch, *shape))
+        for part, size, shape in zip(parts, sizes, shapes, strict=True)
+    ]
 
 
 def time_features(t: Array, n: int) -> Array:

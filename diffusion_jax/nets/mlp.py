@@ -16,7 +16,6 @@ from flax import nnx
 from diffusion_jax.nets import layers
 from diffusion_jax.nets.functional import functional
 from diffusion_jax.nets.layers import Linear
-from diffusion_jax.ops import fold
 from diffusion_jax.typing import Array, InputError, Key, Net
 
 
@@ -53,9 +52,9 @@ class Block(nnx.Module):
         self.linear_2 = Linear(rngs, width, width, dtype, layers.zeros)
         self.dropout = dropout
 
-    def __call__(self, h: Array, emb: Array, key: Key | None) -> Array:
+    def __call__(self, h: Array, emb: Array, noise: Array | None) -> Array:
         a = jax.nn.silu(self.linear_1(jax.nn.silu(h)) + self.time_emb_proj(emb))
-        return h + self.linear_2(layers.dropout(a, self.dropout, key))
+        return h + self.linear_2(layers.dropout(a, self.dropout, noise))
 
 
 class MLP(nnx.Module):
@@ -70,7 +69,7 @@ class MLP(nnx.Module):
         self.class_embedding = None if classes is None else layers.LabelEmbedding(rngs, classes, width, dtype)
         self.blocks = nnx.List([Block(rngs, width, dropout, dtype) for _ in range(blocks)])
         self.linear_out = Linear(rngs, width, n_out, dtype, layers.zeros)
-        self.n_in, self.width = n_in, width
+        self.n_in, self.width, self.dropout = n_in, width, dropout
 
     def __call__(self, x: Array, t: Array, cond: Array | None = None, *, key: Key | None = None) -> Array:
         if x.ndim != 2 or x.shape[1] != self.n_in or t.shape != x.shape[:1]:
@@ -81,6 +80,7 @@ class MLP(nnx.Module):
         elif cond is not None:
             raise ValueError("labels were given to a network without classes")
         h, emb = self.linear_in(x), jax.nn.silu(emb)
-        for i, block in enumerate(self.blocks):
-            h = block(h, emb, None if key is None else fold(key, i))
+        noises = layers.dropout_noise(key, self.dropout, x.shape[0], [(self.width,)] * len(self.blocks))
+        for block, noise in zip(self.blocks, noises, strict=True):
+            h = block(h, emb, noise)
         return self.linear_out(jax.nn.silu(h)).astype(jnp.float32)

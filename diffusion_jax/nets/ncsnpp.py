@@ -26,7 +26,6 @@ from diffusion_jax.nets import layers
 from diffusion_jax.nets.functional import functional
 from diffusion_jax.nets.layers import Conv, GroupNorm, Linear, Options
 from diffusion_jax.nets.unet import attention_levels, check_input, check_widths
-from diffusion_jax.ops import fold
 from diffusion_jax.typing import Array, Key, Net
 
 SKIP_SCALE = math.sqrt(0.5)
@@ -58,7 +57,9 @@ def ddpmpp(
     check_widths(channels, multipliers, blocks, options)
     outputs = (out_channels or shape[-1]) * (2 if learned_variance else 1)
     widths = tuple(channels * m for m in multipliers)
-    return functional(lambda rngs: DDPMpp(rngs, shape[-1], outputs, widths, channels, blocks, attends, classes, options))
+    return functional(
+        lambda rngs: DDPMpp(rngs, shape[-1], outputs, widths, channels, blocks, attends, classes, options)
+    )
 
 
 def edm_cifar10(*, dropout: float = 0.13, classes: int | None = None, dtype: layers.DType = jnp.float32) -> Net:
@@ -101,11 +102,11 @@ class Block(nnx.Module):
         self.attention = Attention(rngs, n_out, o) if attends else None
         self.resample, self.joins, self.dropout = resample, joins, o.dropout
 
-    def __call__(self, x: Array, emb: Array, key: Key | None) -> Array:
+    def __call__(self, x: Array, emb: Array, noise: Array | None) -> Array:
         resample = {"up": layers.upsample, "down": layers.average_pool, "": lambda z: z}[self.resample]
         h = self.conv1(resample(self.norm1(x)), bias=False)
         h = self.norm2(h, offset=self.time_emb_proj(emb).astype(jnp.float32) + self.conv1.bias[...][None, :])
-        h = self.conv2(layers.dropout(h, self.dropout, key))
+        h = self.conv2(layers.dropout(h, self.dropout, noise))
         x = (resample(x) if self.conv_shortcut is None else self.shortcut(x)) + h
         return x * SKIP_SCALE if self.attention is None else self.attention(x * SKIP_SCALE)
 
@@ -148,21 +149,29 @@ class DDPMpp(nnx.Module):
                 n = width
         self.norm_out = GroupNorm(n, o.groups)
         self.conv_out = Conv(rngs, n, n_out, o, init=layers.zeros)
-        self.n_in, self.channels, self.levels = n_in, channels, len(widths)
+        self.n_in, self.channels, self.levels, self.dropout = n_in, channels, len(widths), o.dropout
 
     def __call__(self, x: Array, t: Array, cond: Array | None = None, *, key: Key | None = None) -> Array:
         check_input(x, t, self.n_in, self.levels)
         emb = self.embed(t, cond)
-        keys = [None if key is None else fold(key, i) for i in range(len(self.encoder) + len(self.decoder))]
+        noise = iter(layers.dropout_noise(key, self.dropout, x.shape[0], self.block_shapes(x)))
         x = self.conv_in(x)
         skips = [x]
         for block in self.encoder:
-            x = block(x, emb, keys.pop(0))
+            x = block(x, emb, next(noise))
             skips.append(x)
         for block in self.decoder:
             h = jnp.concatenate([x, skips.pop()], axis=-1) if block.joins else x
-            x = block(h, emb, keys.pop(0))
+            x = block(h, emb, next(noise))
         return self.conv_out(self.norm_out(x)).astype(jnp.float32)
+
+    def block_shapes(self, x: Array) -> list[tuple[int, ...]]:
+        """The shape, without the batch axis, in which each block computes after resampling."""
+        shapes, pixels = [], x.shape[1:-1]
+        for block in [*self.encoder, *self.decoder]:
+            pixels = tuple({"up": 2 * n, "down": n // 2, "": n}[block.resample] for n in pixels)
+            shapes.append((*pixels, block.conv2.bias.shape[0]))
+        return shapes
 
     def embed(self, t: Array, labels: Array | None) -> Array:
         """e of equation (1), `[b, 4 channels]`."""

@@ -13,7 +13,7 @@ The last convolution of (1), W_o and the output start at zero. Attribute names a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,9 @@ from flax import nnx
 from diffusion_jax.nets import layers
 from diffusion_jax.nets.functional import functional
 from diffusion_jax.nets.layers import Conv, GroupNorm, Linear, Options
-from diffusion_jax.ops import fold
 from diffusion_jax.typing import Array, InputError, Key, Net
+
+Noise = Iterator[Array | None]
 
 
 def unet(
@@ -115,10 +116,10 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = None if n_in == n_out else Conv(rngs, n_in, n_out, o, width=1)
         self.dropout = o.dropout
 
-    def __call__(self, x: Array, emb: Array, key: Key | None) -> Array:
+    def __call__(self, x: Array, emb: Array, noise: Array | None) -> Array:
         h = self.conv1(self.norm1(x), bias=False)
         h = self.norm2(h, offset=self.time_emb_proj(emb).astype(jnp.float32) + self.conv1.bias[...][None, :])
-        h = self.conv2(layers.dropout(h, self.dropout, key))
+        h = self.conv2(layers.dropout(h, self.dropout, noise))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -134,8 +135,8 @@ class Attention(nnx.Module):
         self.heads = o.heads
 
     def __call__(self, x: Array) -> Array:
-        h = self.group_norm(x, act=False)
-        return x + self.to_out[0](layers.attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))
+        q, k, v = layers.joint(self.group_norm(x, act=False), self.to_q, self.to_k, self.to_v)
+        return x + self.to_out[0](layers.attend(q, k, v, self.heads))
 
 
 class Resample(nnx.Module):
@@ -158,9 +159,17 @@ class Level(nnx.Module):
             self.attentions = nnx.List([Attention(rngs, widths[-1][1], o) for _ in range(attentions)])
         self.attends = bool(attentions)
 
-    def block(self, i: int, x: Array, emb: Array, key: Key | None) -> Array:
-        x = self.resnets[i](x, emb, None if key is None else fold(key, i))
+    def block(self, i: int, x: Array, emb: Array, noise: Array | None) -> Array:
+        x = self.resnets[i](x, emb, noise)
         return self.attentions[i](x) if self.attends and i < len(self.attentions) else x
+
+
+def block_plan(widths: Sequence[int], blocks: int) -> tuple[tuple[int, int], ...]:
+    """The level and the width of every block (1), in the order of computation."""
+    levels = list(enumerate(widths))
+    down = [pair for pair in levels for _ in range(blocks)]
+    up = [pair for pair in reversed(levels) for _ in range(blocks + 1)]
+    return (*down, levels[-1], levels[-1], *up)
 
 
 class UNet(nnx.Module):
@@ -192,22 +201,26 @@ class UNet(nnx.Module):
             n = width
         self.conv_norm_out = GroupNorm(n, o.groups)
         self.conv_out = Conv(rngs, n, n_out, o, init=layers.zeros)
-        self.n_in, self.channels, self.dtype = n_in, channels, o.dtype
+        self.n_in, self.channels, self.dropout = n_in, channels, o.dropout
+        self.plan = block_plan(widths, blocks)
 
     def __call__(self, x: Array, t: Array, cond: Array | None = None, *, key: Key | None = None) -> Array:
         check_input(x, t, self.n_in, len(self.down_blocks))
         emb = self.embed(t, cond)
-        levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        keys = [None if key is None else fold(key, i) for i in range(len(levels))]
+        noise = iter(layers.dropout_noise(key, self.dropout, x.shape[0], self.block_shapes(x)))
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:
-            x = self.down(level, x, emb, keys.pop(0), skips)
-        k = keys.pop(0)
-        x = self.mid_block.block(1, self.mid_block.block(0, x, emb, k), emb, k)
+            x = self.down(level, x, emb, noise, skips)
+        for i in range(2):
+            x = self.mid_block.block(i, x, emb, next(noise))
         for level in self.up_blocks:
-            x = self.up(level, x, emb, keys.pop(0), skips)
+            x = self.up(level, x, emb, noise, skips)
         return self.conv_out(self.conv_norm_out(x)).astype(jnp.float32)
+
+    def block_shapes(self, x: Array) -> list[tuple[int, ...]]:
+        """The shape, without the batch axis, in which each block computes."""
+        return [(*(size >> level for size in x.shape[1:-1]), width) for level, width in self.plan]
 
     def embed(self, t: Array, labels: Array | None) -> Array:
         """silu(e) of equation (1), `[b, 4 channels]`."""
@@ -218,16 +231,16 @@ class UNet(nnx.Module):
             raise ValueError("labels were given to a network without classes")
         return jax.nn.silu(emb)
 
-    def down(self, level: Level, x: Array, emb: Array, key: Key | None, skips: list[Array]) -> Array:
+    def down(self, level: Level, x: Array, emb: Array, noise: Noise, skips: list[Array]) -> Array:
         for i in range(len(level.resnets)):
-            x = level.block(i, x, emb, key)
+            x = level.block(i, x, emb, next(noise))
             skips.append(x)
         if hasattr(level, "downsamplers"):
             x = level.downsamplers[0](x)
             skips.append(x)
         return x
 
-    def up(self, level: Level, x: Array, emb: Array, key: Key | None, skips: list[Array]) -> Array:
+    def up(self, level: Level, x: Array, emb: Array, noise: Noise, skips: list[Array]) -> Array:
         for i in range(len(level.resnets)):
-            x = level.block(i, jnp.concatenate([x, skips.pop()], axis=-1), emb, key)
+            x = level.block(i, jnp.concatenate([x, skips.pop()], axis=-1), emb, next(noise))
         return level.upsamplers[0](x) if hasattr(level, "upsamplers") else x

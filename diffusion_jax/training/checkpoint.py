@@ -85,7 +85,9 @@ def restore(
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            report(f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}); going back to the one before")
+            report(
+                f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}); going back to the one before"
+            )
             if not read_only:
                 _set_aside(manager, candidate)
     if steps:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusion_jax import samplers
 from diffusion_jax.experiment import Experiment, check_at_least
 from diffusion_jax.training import checkpoint
-from diffusion_jax.training.generate import drawn, make_draw
+from diffusion_jax.training.generate import make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
 from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
 from diffusion_jax.training.state import init_state
@@ -49,7 +49,8 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     params, step = load_averaged(experiment, folder, options["checkpoint"])
     out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}"
     out.mkdir(parents=True, exist_ok=True)
-    parts = drawn(draw, params, mesh, options["n"], options["seed"], options["batch"], labels)
+    pictures = make_pictures(draw, mesh, min(options["n"], options["batch"]))
+    parts = pictures(params, options["n"], options["seed"], labels)
     return _write(parts, out, options, labels)
 
 
@@ -112,6 +113,7 @@ def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray
     if options["format"] == "npz":
         arrays = {"images": np.concatenate(kept)} | ({} if labels is None else {"labels": labels})
         np.savez(out / "images.npz", **arrays)
-    return f"{n} pictures in {out}: grid.png" + {"png": ", 000000.png …", "npz": ", images.npz", "grid": ""}[
-        options["format"]
-    ]
+    return (
+        f"{n} pictures in {out}: grid.png"
+        + {"png": ", 000000.png …", "npz": ", images.npz", "grid": ""}[options["format"]]
+    )

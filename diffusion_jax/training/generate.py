@@ -20,6 +20,9 @@ from diffusion_jax.training.mesh import replicated, split_axis
 from diffusion_jax.typing import Array, Params, Sampler
 
 Draw = Callable[[Params, Array, Array | None], Array]
+"""(params, keys: [b], labels: i32[b] or None) -> f32[b,h,w,c]."""
+Pictures = Callable[..., Iterator[np.ndarray]]
+"""(params, n, seed, labels: [n] or None) -> n pictures, u8[<= batch, h, w, c] at a time."""
 
 
 def make_draw(
@@ -61,25 +64,24 @@ def example_keys(seed: int, start: int, count: int) -> Array:
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(start, start + count))
 
 
-def drawn(
-    draw: Draw, params: Params, mesh: Mesh, n: int, seed: int, batch: int, labels: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """n pictures `u8[<= batch, h, w, c]` at a time, over the devices of a mesh; one compiled program.
+def make_pictures(draw: Draw, mesh: Mesh, batch: int) -> Pictures:
+    """Pictures of any number in batches of one compiled program over the devices of a mesh.
 
     The last batch is filled up and cut, and the batch is rounded up to a multiple of the devices, neither of which
     changes any picture.
     """
-    devices = mesh.shape["data"]
-    batch = -(-min(batch, n) // devices) * devices
-    rows = split_axis(mesh)
-    program = jax.jit(
-        lambda params, keys, labels: to_uint8(draw(params, keys, labels)),
-        in_shardings=(None, rows, rows if labels is not None else None),
-        out_shardings=rows,
-    )
-    params = jax.device_put(params, replicated(mesh))
-    for start in range(0, n, batch):
-        place = np.minimum(np.arange(start, start + batch), n - 1)
-        wanted = None if labels is None else jax.device_put(jnp.asarray(labels[place], jnp.int32), rows)
-        keys = jax.device_put(example_keys(seed, start, batch), rows)
-        yield np.asarray(program(params, keys, wanted))[: n - start]
+    rows, devices = split_axis(mesh), mesh.shape["data"]
+    batch = -(-batch // devices) * devices
+    program = jax.jit(lambda params, keys, labels: to_uint8(draw(params, keys, labels)), out_shardings=rows)
+
+    def pictures(params: Params, n: int, seed: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        params = jax.device_put(params, replicated(mesh))
+        for start in range(0, n, batch):
+            keys = jax.device_put(example_keys(seed, start, batch), rows)
+            wanted = None
+            if labels is not None:
+                place = np.minimum(np.arange(start, start + batch), n - 1)
+                wanted = jax.device_put(labels[place].astype(np.int32), rows)
+            yield np.asarray(program(params, keys, wanted))[: n - start]
+
+    return pictures

@@ -1,11 +1,11 @@
 """The training loop: the only file of the package that writes, prints and listens to signals.
 
-    runs/NAME/RUN/experiment.json     the resolved arguments, versions, commit
-                  metrics.jsonl       one line every `log_every` steps; the last line of a finished run is its result
-                  checkpoints/        see checkpoint.py
-                  samples/*.png       sample grids as it learns, from the same noise each time
-                  samples.png         the last of them
-                  denoising.gif       noise becoming pictures
+runs/NAME/RUN/experiment.json     the resolved arguments, versions, commit
+              metrics.jsonl       one line every `log_every` steps; the last line of a finished run is its result
+              checkpoints/        see checkpoint.py
+              samples/*.png       sample grids as it learns, from the same noise each time
+              samples.png         the last of them
+              denoising.gif       noise becoming pictures
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from diffusion_jax.experiment import Experiment
 from diffusion_jax.training import checkpoint
 from diffusion_jax.training.data import Data, Feed, feed, size, take, to_uint8
-from diffusion_jax.training.generate import drawn, example_keys, make_draw
+from diffusion_jax.training.generate import Pictures, example_keys, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
 from diffusion_jax.training.pictures import fitting_scale, grid, save_animation, save_picture
 from diffusion_jax.training.state import TrainState, init_state
@@ -62,6 +62,7 @@ class _Run(NamedTuple):
     manager: Any
     feed: Feed
     held_out: Any
+    pictures: Pictures
 
 
 def fit(
@@ -79,7 +80,9 @@ def fit(
     _check_data(experiment, data)
     stream = feed(data.train, experiment.batch, experiment.seed)
     manager = checkpoint.open_checkpoints(folder / "checkpoints", experiment.keep)
-    run = _Run(experiment, folder, record, mesh, data, manager, stream, _held_out_loss(experiment, data, mesh))
+    held_out = _held_out_loss(experiment, data, mesh)
+    pictures = make_pictures(make_draw(experiment), mesh, _grid_labels(experiment)[0])
+    run = _Run(experiment, folder, record, mesh, data, manager, stream, held_out, pictures)
     try:
         state, shardings = _start(run, split)
         finished = _finished(folder, experiment.steps)
@@ -92,7 +95,8 @@ def fit(
         return _finish(run, state)
     finally:
         stream.close()
-        manager.close()
+        with contextlib.suppress(Exception):  # What could not be written has been raised before.
+            manager.close()
 
 
 def _start(run: _Run, split: bool) -> tuple[TrainState, Any]:
@@ -157,9 +161,7 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
 
 def _compiled_dispatch(run: _Run, shardings: Any) -> Any:
     experiment = run.experiment
-    step = make_train_step(
-        _loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate
-    )
+    step = make_train_step(_loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
     whole = replicated(run.mesh)
     return jax.jit(
         make_dispatch(step),
@@ -213,41 +215,39 @@ def _finish(run: _Run, state: TrainState) -> dict[str, float]:
     _animate(run, state)
     result: dict[str, float] = {}
     if run.experiment.evaluate is not None:
-        draw = make_draw(run.experiment)
 
-        def pictures(labels: np.ndarray, seed: int) -> np.ndarray:
-            return np.concatenate(list(drawn(draw, state.ema, run.mesh, len(labels), seed, 256, labels)))
+        def draw(labels: np.ndarray, seed: int) -> np.ndarray:
+            return np.concatenate(list(run.pictures(state.ema, len(labels), seed, labels)))
 
-        result = dict(run.experiment.evaluate(pictures))
+        result = dict(run.experiment.evaluate(draw))
     line = {"step": int(state.step), "finished": True, **result}
     _append(run.folder / "metrics.jsonl", line)
     return line
 
 
-def _grid_labels(run: _Run) -> tuple[int, int, np.ndarray | None]:
+def _grid_labels(experiment: Experiment) -> tuple[int, int, np.ndarray | None]:
     """(pictures, columns, labels) of a sample grid: a column for each class, up to ten of them."""
-    classes = len(run.data.classes)
-    if run.experiment.null is None:
+    if experiment.null is None:
         return 64, 8, None
-    columns = min(10, classes)
+    columns = min(10, experiment.null)
     return columns * 8, columns, np.arange(columns * 8) % columns
 
 
 def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
-    n, columns, labels = _grid_labels(run)
-    images = np.concatenate(list(drawn(make_draw(run.experiment), state.ema, run.mesh, n, 0, n, labels)))
+    n, columns, labels = _grid_labels(run.experiment)
+    images = np.concatenate(list(run.pictures(state.ema, n, 0, labels)))
     path = run.folder / name
     path.parent.mkdir(exist_ok=True)
     save_picture(path, grid(images, columns, fitting_scale(images.shape[2], columns)))
 
 
 def _animate(run: _Run, state: TrainState) -> None:
-    columns = _grid_labels(run)[1]
+    columns = _grid_labels(run.experiment)[1]
     labels = None if run.experiment.null is None else np.arange(columns * 4, dtype=np.int32) % columns
     draw = jax.jit(make_draw(run.experiment, trajectory=True))
     path = draw(state.ema, example_keys(0, 0, columns * 4), labels)
     # Noise of any level is shown at the contrast of the data.
-    frames = np.asarray(jax.jit(jax.vmap(lambda x: to_uint8(x / jnp.maximum(1.0, 1.5 * jnp.std(x)))))(path))
+    frames = np.asarray(jax.jit(jax.vmap(lambda x: to_uint8(x / jnp.maximum(1.0, 1.2 * jnp.std(x)))))(path))
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, 40).astype(int))]
     scale = fitting_scale(frames.shape[3], columns, 480)
     save_animation(run.folder / "denoising.gif", [grid(frame, columns, scale) for frame in chosen])
@@ -279,7 +279,7 @@ class _Log:
         self._norms += norms.tolist()
         self.latest_loss = float(np.mean(self._losses[-100:]))
         bar.update(n)
-        bar.set_postfix_str(f"loss {self.latest_loss:.4f}, {self._speed():,.0f} images/s")
+        bar.set_postfix_str(f"loss {self.latest_loss:.4f}, {self._speed():,.0f} images/s", refresh=False)
         if _due(self._run.experiment.log_every, step) or step == self._run.experiment.steps:
             self._flush(step)
 
@@ -334,8 +334,8 @@ def _padded(batches: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
 def _check_data(experiment: Experiment, data: Data) -> None:
     if tuple(data.shape) != tuple(experiment.shape):
         raise InputError(f"the data has pictures of shape {data.shape}, the experiment wants {experiment.shape}")
-    if experiment.null is not None and not data.classes:
-        raise InputError("the experiment is conditional on labels, but the data has none")
+    if experiment.null is not None and len(data.classes) != experiment.null:
+        raise InputError(f"the experiment is for {experiment.null} classes, the data has {len(data.classes)}")
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -383,10 +383,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _bar(experiment: Experiment, start: int) -> Any:
-    quiet = not sys.stderr.isatty()
-    return tqdm(
-        total=experiment.steps, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=10 if quiet else 0.2
-    )
+    pause = 0.2 if sys.stderr.isatty() else 10
+    total = experiment.steps
+    return tqdm(total=total, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=pause)
 
 
 def _say(message: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-GAP = 2
 BACKGROUND = 255
 
 
@@ -19,10 +18,10 @@ def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
     """
     images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
     n, h, w, c = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, c), BACKGROUND, np.uint8)
+    rows, gap = -(-n // columns), max(2, scale)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), BACKGROUND, np.uint8)
     for i, image in enumerate(images):
-        y, x = GAP + i // columns * (h + GAP), GAP + i % columns * (w + GAP)
+        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         sheet[y : y + h, x : x + w] = image
     return sheet
 

@@ -199,6 +199,12 @@ def image_folder(
     return Data(sources["train"], sources.get("test"), classes, shape)
 
 
+def folder_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The class names of an image folder, () without subfolders; reads no image. InputError as `image_folder`."""
+    root = Path(path).expanduser().resolve()
+    return _classes(root, _image_names(root))[0]
+
+
 @dataclass(frozen=True)
 class _Folder:
     """Images decoded when they are read."""

@@ -14,17 +14,20 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax.denoisers import BoundNet
-from diffusion_jax.ops import fold
+from diffusion_jax.ops import fold, normal_like
+from diffusion_jax.times import Draw
 from diffusion_jax.training.data import gather, prepare
 from diffusion_jax.training.ema import Decay, update
 from diffusion_jax.training.state import TrainState
-from diffusion_jax.typing import Array, Cond, Denoiser, Key, Net, Params
+from diffusion_jax.typing import Array, Cond, Denoiser, Key, Net, Params, Schedule
 
 Batch = Mapping[str, Array]
 LossFn = Callable[[Params, Batch, Key], Array]
 """(params, batch, key) -> f32[], the mean loss of a batch."""
 Objective = Callable[[Key, Denoiser, Array, Cond], Array]
 """(key, denoiser, x0: f32[b *d], cond) -> f32[b], the loss of each example."""
+Loss = Callable[[Denoiser, Schedule, Array, Array, Array, Cond], Array]
+"""(denoiser, schedule, x0, t, eps, cond) -> f32[b]."""
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -50,6 +53,19 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
     return step
+
+
+def make_objective(schedule: Schedule, draw: Draw, loss: Loss) -> Objective:
+    """The objective of a run: times from `draw`, standard normal noise, and a loss of `diffusion_jax.losses`.
+
+    loss: (denoiser, schedule, x0, t, eps, cond) -> f32[b], for example `partial(denoising_loss, target="v")`.
+    """
+
+    def objective(key: Key, denoiser: Denoiser, x0: Array, cond: Cond) -> Array:
+        t = draw(fold(key, 0), x0.shape[0])
+        return loss(denoiser, schedule, x0, t, normal_like(fold(key, 1), x0), cond)
+
+    return objective
 
 
 def make_loss_fn(

@@ -68,9 +68,7 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _modern(name: str) -> str:
-    return re.sub(
-        r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", name
-    )
+    return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", name)
 
 
 def _kernel_here(weight: np.ndarray) -> np.ndarray:

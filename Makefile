@@ -1,0 +1,84 @@
+# make train                              the default experiment: digits, on any machine
+# make train EXP=cifar10 ARGS="width=64"  another one, with other arguments; ARGS=help lists them
+# make test                               the tests
+#
+# The environment is made in .venv from pinned versions the first time a target needs it. To use an interpreter that
+# has everything already (Colab, a cluster), give it: make train PY=python3
+
+EXP ?= digits
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+# What jax is to run on: empty for the processor, cuda12, cuda13 or tpu.
+ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda13)
+LOCK = requirements/lock.txt
+
+ifdef PY
+READY =
+else
+PY = $(VENV)/bin/python
+READY = $(VENV)/ready
+endif
+
+.PHONY: help env train sample test test-long test-parity lint types docs bench lock clean
+
+help:
+	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
+	@echo "targets: train sample test test-long test-parity lint types docs bench lock clean"
+
+env: $(READY)
+
+$(VENV)/ready: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
+	@echo "making the environment in $(VENV) (once, about a minute) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(if $(ACCELERATOR),$(VENV)/bin/python -m pip install --quiet -c $(LOCK) "jax[$(ACCELERATOR)]")
+	@touch $@
+
+train sample: $(READY)
+	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Slow proofs: killed runs, flat memory, real archives, several devices.
+test-long: $(READY)
+	$(PY) -m pytest tests/long $(ARGS)
+
+# Against PyTorch and diffusers, in an environment of their own.
+test-parity: $(VENV)-parity/ready
+	$(VENV)-parity/bin/python -m pytest tests/parity $(ARGS)
+
+$(VENV)-parity/ready: $(LOCK) requirements/parity.txt pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-parity
+	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/parity.txt
+	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m pyright
+
+# The README's code, as a notebook; run for real by the tests.
+docs: $(READY)
+	$(PY) -m jupytext --to ipynb --output runs/quickstart.ipynb notebooks/quickstart.md
+
+bench: $(VENV)-parity/ready
+	@for script in benchmarks/*.py; do $(VENV)-parity/bin/python $$script || exit 1; done
+
+# Pin the newest versions that pyproject.toml allows, the same on every Python it allows.
+lock: $(READY)
+	$(PY) -m pip install --quiet uv
+	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy fewest \
+		--extra test --extra dev --no-emit-index-url --no-header --upgrade -o $(LOCK)
+	$(PY) -m uv pip compile requirements/parity.in --quiet --universal --python-version 3.11 --fork-strategy fewest \
+		-c $(LOCK) --no-emit-index-url --no-header --upgrade -o requirements/parity.txt
+
+clean:
+	rm -rf $(VENV) $(VENV)-parity

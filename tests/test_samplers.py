@@ -1,0 +1,486 @@
+"""Every sampler, on problems whose answer is known: laws, orders of convergence, identities, keys and compilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import Mixture
+from scipy import stats
+
+import diffusion_jax as dj
+
+D = 16
+# name -> constructor. `step` is the length in t of a step of a uniform grid, which only the learned variance needs.
+DETERMINISTIC = {
+    "ddim_0": lambda s, top: dj.ddim(s, 0.0),
+    "euler": lambda s, top: dj.euler(s),
+    "heun": lambda s, top: dj.heun(s),
+    "dpmpp_2m": lambda s, top: dj.dpmpp_2m(s),
+}
+RANDOM = {
+    "ddpm_small": lambda s, top: dj.ddpm(s, "small"),
+    "ddpm_large": lambda s, top: dj.ddpm(s, "large"),
+    "ddim_half": lambda s, top: dj.ddim(s, 0.5),
+    "ddim_1": lambda s, top: dj.ddim(s, 1.0),
+    "churn_heun": lambda s, top: dj.churn(dj.heun(s), s, 0.05, 0.0, top, noise=1.0),
+    "churn_euler": lambda s, top: dj.churn(dj.euler(s), s, 0.05, 0.0, top, noise=1.0),
+}
+CORRECTED = {
+    "langevin": lambda s, top: dj.langevin(s, 0.1, 6),
+    "langevin_ddpm": lambda s, top: dj.chain(dj.langevin(s, 0.05), dj.ddpm(s)),
+    "langevin_ddim": lambda s, top: dj.chain(dj.langevin(s, 0.05), dj.ddim(s)),
+}
+SAMPLERS = DETERMINISTIC | RANDOM | CORRECTED
+
+# schedule, grid from a noisy to a nearly clean time, largest time
+PROBLEMS = {
+    "vp_linear": (dj.vp_linear(), lambda n: dj.logsnr_uniform(n + 1, dj.vp_linear(), 1.0, 0.01)[:-1], 1.0),
+    "rectified": (dj.rectified(), lambda n: dj.uniform(n, 1.0, 0.02), 1.0),
+    "cosine": (dj.cosine(), lambda n: dj.uniform(n, 1.0, 0.02), 1.0),
+    "edm": (dj.edm(), lambda n: dj.karras(n + 1, 0.05, 20.0)[:-1], 20.0),
+    "ve": (dj.ve(0.05, 10.0), lambda n: dj.uniform(n, 1.0, 0.0), 1.0),
+}
+
+
+def laws(d):
+    """A Gaussian (written as two equal components, so that both share one compilation) and a mixture, in d dimensions."""
+    rng = np.random.default_rng(0)
+    mean, variance = rng.uniform(-1, 1, d), rng.uniform(0.2, 0.6, d)
+    apart = rng.standard_normal(d)
+    apart *= 1.5 / np.linalg.norm(apart)
+    single = Mixture(np.array([0.5, 0.5]), np.stack([mean, mean]), np.stack([variance, variance]))
+    double = Mixture(np.array([0.3, 0.7]), np.stack([apart, -apart]), np.stack([variance, variance[::-1] / 2]))
+    return single, double, apart
+
+
+def check_law(x, mixture, directions):
+    """Mean and covariance within 4.5 standard errors of every entry; KS on projections, p > 0.01 corrected for their number.
+
+    Returns the smallest corrected p-value.
+    """
+    x = np.asarray(x, np.float64).reshape(len(x), -1)
+    n, (mean, covariance) = len(x), oracles.moments(mixture)
+    error = np.abs(x.mean(0) - mean) / np.sqrt(np.diag(covariance) / n)
+    assert error.max() < 4.5, f"mean off by {error.max():.1f} standard errors"
+    centred = x - mean
+    products = centred[:, :, None] * centred[:, None, :]
+    error = np.abs(products.mean(0) - covariance) / (products.std(0) / np.sqrt(n))
+    assert error.max() < 4.5, f"covariance off by {error.max():.1f} standard errors"
+    p = [stats.kstest(x @ u, oracles.projected_cdf(mixture, u)).pvalue for u in directions]
+    assert min(p) * len(p) > 0.01, f"KS p-values {p}"
+    return min(p) * len(p)
+
+
+def run_law(make, problem, steps, n, d=D, index=-1):
+    """Start from the exact law at times[0]; compare with the exact law at times[index]."""
+    schedule, grid, top = PROBLEMS[problem]
+    times, sampler = grid(steps), make(schedule, top)
+
+    @jax.jit
+    def go(key, mixture, x):
+        return dj.sample(key, sampler, oracles.denoiser(mixture, schedule), x, times)
+
+    single, double, apart = laws(d)
+    rng = np.random.default_rng(1)
+    random = rng.standard_normal(d)
+    directions = [np.eye(d)[0], random / np.linalg.norm(random), apart / np.linalg.norm(apart)]
+    smallest = 1.0
+    for i, mixture in enumerate((single, double)):
+        start, end = ([float(c) for c in schedule(times[j])] for j in (0, index))
+        x = jnp.asarray(oracles.draw(rng, oracles.marginal(mixture, *start), n), jnp.float32)
+        y = go(jax.random.key(i), jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), mixture), x)
+        smallest = min(smallest, check_law(y, oracles.marginal(mixture, *end), directions))
+    print(f"{problem}: smallest corrected p = {smallest:.3f}")
+
+
+@pytest.mark.parametrize("problem", ["vp_linear", "rectified", "edm"])
+@pytest.mark.parametrize("name", DETERMINISTIC | RANDOM)
+def test_law(name, problem):
+    """A Gaussian and a mixture in 16 dimensions, n = 2000."""
+    run_law(SAMPLERS[name], problem, steps=200, n=2000)
+
+
+@pytest.mark.parametrize(("name", "problem"), [("ddpm_small", "cosine"), ("dpmpp_2m", "cosine"), ("ddim_half", "ve")])
+def test_law_on_more_schedules(name, problem):
+    run_law(SAMPLERS[name], problem, steps=200, n=2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("langevin", "ve"), ("langevin_ddpm", "vp_linear"), ("langevin_ddim", "ve")]
+)
+def test_law_of_langevin(name, problem):
+    """In 256 dimensions, n = 500: the step size looks at |score| and |z|, so its law is right to O(1 / d) only."""
+    run_law(SAMPLERS[name], problem, steps=120, n=500, d=256, index=-2 if name == "langevin" else -1)
+
+
+@pytest.mark.parametrize("problem", ["vp_linear", "cosine"])
+def test_ancestral_with_the_true_variance_is_exact_in_few_steps(problem):
+    """For Gaussian data q(x_s | x_t) is Gaussian: with its variance, 8 steps have no error; with a fixed one they do."""
+    schedule = PROBLEMS[problem][0]
+    times = jnp.linspace(0.9, 0.1, 9)
+    single, _, apart = laws(D)
+    law = oracles.gaussian(single.means[0], single.variances[0])
+    start, end = ([float(c) for c in schedule(t)] for t in (times[0], times[-1]))
+    x = jnp.asarray(oracles.draw(np.random.default_rng(2), oracles.marginal(law, *start), 4000), jnp.float32)
+    denoiser = oracles.denoiser(law, schedule, next_time=lambda t: t - 0.1)
+
+    @jax.jit
+    def go(key):
+        return [dj.sample(key, s, denoiser, x, times) for s in (dj.ancestral(schedule), dj.ddpm(schedule))]
+
+    learned, fixed = go(jax.random.key(0))
+    directions = [np.eye(D)[0], apart / np.linalg.norm(apart)]
+    check_law(learned, oracles.marginal(law, *end), directions)
+    with pytest.raises(AssertionError, match="covariance off"):
+        check_law(fixed, oracles.marginal(law, *end), directions)
+
+
+# --- order of convergence, in float64, against the exact probability flow ---------------------------------------------
+
+ORDERS = {"ddim_0": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
+RANGES = {
+    "vp_linear": (dj.vp_linear(), 0.8, 0.1),
+    "cosine": (dj.cosine(), 0.9, 0.1),
+    "rectified": (dj.rectified(), 0.95, 0.1),
+    "edm": (dj.edm(), 3.0, 0.2),
+    "ve": (dj.ve(0.1, 10.0), 0.9, 0.2),
+}
+
+
+@pytest.mark.parametrize("problem", RANGES)
+@pytest.mark.parametrize("name", ORDERS)
+def test_order_of_convergence(name, problem):
+    schedule, high, low = RANGES[problem]
+    sampler = SAMPLERS[name](schedule, high)
+    law = oracles.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.array([[1.0, -0.4, 0.3], [-0.7, 1.2, -1.5]]))
+        denoise = lambda x, t: oracles.denoiser(law, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
+        step = jax.jit(lambda x, state, t, s: sampler.step(jax.random.key(0), x, state, t, s, denoise))
+        exact = oracles.flow(law, schedule, x, jnp.asarray(high), jnp.asarray(low))
+        errors = []
+        for n in (128, 256):
+            times, y, state = np.linspace(high, low, n + 1), x, sampler.init(x)
+            for t, s in zip(times[:-1], times[1:], strict=True):
+                y, state = step(y, state, t, s)
+            assert y.dtype == jnp.float64
+            errors.append(float(jnp.sqrt(jnp.mean((y - exact) ** 2))))
+    order = np.log2(errors[0] / errors[1])
+    print(f"{name} on {problem}: order {order:.3f}, errors {errors}")
+    assert order == pytest.approx(ORDERS[name], abs=0.1)
+
+
+# --- contracts of all samplers ----------------------------------------------------------------------------------------
+
+
+def everything(schedule, top=1.0):
+    return {name: make(schedule, top) for name, make in SAMPLERS.items()} | {"ancestral": dj.ancestral(schedule)}
+
+
+@pytest.mark.parametrize("name", everything(dj.cosine()))
+def test_keys_traces_batches_and_ends(name):
+    """From a time without signal to one without noise, by v-prediction, with one key per example."""
+    schedule = dj.cosine()
+    sampler, law = everything(schedule)[name], oracles.gaussian(np.full(3, 0.5), np.array([0.2, 0.5, 0.9]))
+    truth = oracles.denoiser(law, schedule)
+    traces = []
+
+    def net(x, t, cond):
+        traces.append(x.shape)
+        v = dj.to_v(schedule, truth(x, t), t)
+        return jnp.concatenate([v, jnp.zeros_like(v)], axis=-1) if name == "ancestral" else v
+
+    denoiser = dj.parameterize(net, schedule, "v", learned_variance=name == "ancestral")
+
+    @jax.jit
+    def go(keys, x, times):
+        path = dj.sample(keys, sampler, denoiser, x, times, trajectory=True)
+        return path, dj.sample(keys, sampler, denoiser, x, times)
+
+    keys, times = jax.random.split(jax.random.key(0), 5), dj.uniform(6)
+    x = dj.prior(keys, schedule, (5, 3), times[0])
+    path, last = go(keys, x, times)
+    assert path.shape == (7, 5, 3) and np.all(np.isfinite(path))
+    np.testing.assert_array_equal(path[0], x)
+    np.testing.assert_array_equal(path[-1], last)
+
+    traced = len(traces)
+    other = go(jax.random.split(jax.random.key(1), 5), x, times)[1]
+    moved = go(keys, x, dj.quadratic(6))[1]
+    assert len(traces) == traced, "recompiled for other keys or times"
+    assert not np.array_equal(moved, last)
+    assert np.array_equal(other, last) == (name in DETERMINISTIC)
+
+    for i in range(2):  # the same examples in a batch of two, and in another place
+        pick = np.array([3, 1]) if i else np.array([0, 4])
+        np.testing.assert_array_equal(go(keys[pick], x[pick], times)[1], last[pick])
+
+
+def test_one_key_for_the_whole_batch_draws_different_examples():
+    law, schedule = oracles.gaussian(np.zeros(3), np.ones(3)), dj.cosine()
+    x = jnp.zeros((4, 3))
+    y = dj.sample(jax.random.key(0), dj.ddpm(schedule), oracles.denoiser(law, schedule), x, dj.uniform(3))
+    assert len(np.unique(np.asarray(y)[:, 0])) == 4
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 5, 2), (3, 4, 4, 2), (3, 2, 4, 4, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_and_dtypes(shape, dtype):
+    schedule = dj.vp_linear()
+
+    def denoiser(x, t, cond):
+        return dj.from_eps(schedule, x, t, 0.1 * x)._replace(variance_fraction=jnp.full_like(x, 0.5))
+
+    x, times = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((4,), "float32")
+    key, keys = jax.eval_shape(lambda: (jax.random.key(0), jax.random.split(jax.random.key(0), 3)))
+    for name, sampler in everything(schedule).items():
+        for k in (key, keys):
+            out = jax.eval_shape(lambda k, x, t, s=sampler: dj.sample(k, s, denoiser, x, t), k, x, times)
+            assert out.shape == shape and out.dtype == dtype, name
+
+
+def test_shape_does_not_change_the_numbers():
+    schedule, rng = dj.vp_linear(), np.random.default_rng(0)
+    mean, variance, noise = rng.normal(size=(2, 2, 3)), rng.uniform(0.1, 1, (2, 2, 3)), rng.normal(size=(4, 2, 2, 3))
+    x = jnp.asarray(noise, jnp.float32)
+    image, flat = oracles.gaussian(mean, variance), oracles.gaussian(mean.ravel(), variance.ravel())
+    run = lambda law, x: jax.jit(
+        lambda x: dj.sample(jax.random.key(0), dj.dpmpp_2m(schedule), oracles.denoiser(law, schedule), x, dj.uniform(5))
+    )(x)
+    np.testing.assert_allclose(run(image, x).reshape(4, -1), run(flat, x.reshape(4, -1)), rtol=1e-5, atol=1e-6)
+
+
+def test_evaluations_are_counted():
+    """One per step, two for Heun except where the noise ends: 2n - 1 on Karras's grid; n + 1 a step with n corrections."""
+    schedule, n, counter = dj.edm(), 6, []
+    law = oracles.gaussian(np.zeros(2), np.ones(2))
+
+    def denoiser(x, t, cond):
+        jax.debug.callback(lambda: counter.append(1))
+        return oracles.denoiser(law, schedule)(x, t)
+
+    expected = {
+        "heun": 2 * n - 1,
+        "churn_heun": 2 * n - 1,
+        "ddim_0": n,
+        "euler": n,
+        "dpmpp_2m": n,
+        "ddpm_small": n,
+        "langevin": 6 * n,
+        "langevin_ddim": 2 * n,
+    }
+    x, times = jnp.ones((3, 2)), dj.karras(n)
+    for name, count in expected.items():
+        counter.clear()
+        sampler = SAMPLERS[name](schedule, 80.0)
+        jax.block_until_ready(jax.jit(lambda s=sampler: dj.sample(jax.random.key(0), s, denoiser, x, times))())
+        jax.effects_barrier()
+        assert len(counter) == count, name
+
+
+def test_velocity_prediction_at_both_ends_of_the_straight_line():
+    schedule, law = dj.rectified(), oracles.gaussian(np.array([0.5, -0.2]), np.array([0.3, 0.6]))
+    truth = oracles.denoiser(law, schedule)
+    denoiser = dj.parameterize(lambda x, t, c: dj.to_velocity(schedule, truth(x, t), t), schedule, "velocity")
+    x = jnp.asarray([[1.0, -1.0], [0.3, 2.0]])
+    exact = oracles.flow(law, schedule, x, jnp.float32(1.0), jnp.float32(0.0))
+    for sampler in (dj.euler(schedule), dj.heun(schedule), dj.ddim(schedule), dj.dpmpp_2m(schedule)):
+        y = jax.jit(lambda s=sampler: dj.sample(jax.random.key(0), s, denoiser, x, dj.uniform(64)))()
+        np.testing.assert_allclose(y, exact, atol=0.05)
+
+
+def test_bad_input():
+    schedule, x, key = dj.edm(), jnp.ones((2, 3)), jax.random.key(0)
+    law = oracles.gaussian(np.zeros(3), np.ones(3))
+    denoiser = oracles.denoiser(law, schedule)
+    for times in (jnp.ones(()), jnp.ones((1,)), jnp.ones((3, 2))):
+        with pytest.raises(ValueError, match="times must be"):
+            dj.sample(key, dj.ddim(schedule), denoiser, x, times)
+    with pytest.raises(ValueError, match="eta"):
+        dj.ddim(schedule, 1.5)
+    with pytest.raises(ValueError, match="'small' or 'large'"):
+        dj.ddpm(schedule, "medium")
+    with pytest.raises(ValueError, match="no variance"):
+        dj.sample(key, dj.ancestral(schedule), denoiser, x, jnp.asarray([2.0, 1.0]))
+    with pytest.raises(ValueError, match="snr"):
+        dj.langevin(schedule, 0.0)
+    with pytest.raises(ValueError, match="steps"):
+        dj.langevin(schedule, 0.1, 0)
+    with pytest.raises(ValueError, match="at least one"):
+        dj.chain()
+    with pytest.raises(ValueError, match="rate"):
+        dj.churn(dj.heun(schedule), schedule, -0.1)
+    with pytest.raises(ValueError, match="3 keys"):
+        dj.sample(jax.random.split(key, 3), dj.ddpm(schedule), denoiser, x, jnp.asarray([2.0, 1.0]))
+
+
+# --- identities -------------------------------------------------------------------------------------------------------
+
+LAW = Mixture(np.array([0.3, 0.7]), np.array([[1.0, -0.5], [-0.6, 0.4]]), np.array([[0.1, 0.3], [0.4, 0.2]]))
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def one_step(sampler, schedule, x, t, s, key=None):
+    denoise = lambda x, t: oracles.denoiser(LAW, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
+    key = jax.random.key(7) if key is None else key
+    return jax.jit(lambda t, s: sampler.step(key, x, sampler.init(x), t, s, denoise)[0])(jnp.asarray(t), jnp.asarray(s))
+
+
+@pytest.mark.parametrize("problem", ["vp_linear", "cosine", "rectified"])
+def test_identities_of_one_step(problem, x64):
+    """DDIM is Euler in the time sigma / alpha, and the first step of 2M, and DPM-Solver-1; ddpm is ddim(eta=1)."""
+    schedule, t, s = PROBLEMS[problem][0], 0.7, 0.45
+    x = jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
+    p = oracles.denoiser(LAW, schedule)(x, jnp.full(2, t))
+    (a_t, s_t), (a_s, s_s) = ((float(c) for c in schedule(jnp.asarray(u))) for u in (t, s))
+    ddim = one_step(dj.ddim(schedule), schedule, x, t, s)
+    np.testing.assert_allclose(ddim, a_s * (x / a_t + (s_s / a_s - s_t / a_t) * p.eps), rtol=1e-10)
+    h = np.log(a_s / s_s) - np.log(a_t / s_t)
+    np.testing.assert_allclose(ddim, a_s / a_t * x - s_s * np.expm1(h) * p.eps, rtol=1e-10)
+    np.testing.assert_array_equal(ddim, one_step(dj.dpmpp_2m(schedule), schedule, x, t, s))
+    small, one = (one_step(f, schedule, x, t, s) for f in (dj.ddpm(schedule), dj.ddim(schedule, 1.0)))
+    np.testing.assert_allclose(small, one, rtol=1e-10)
+    assert not np.allclose(small, ddim)
+
+
+def test_chain_of_one_and_churn_of_nothing():
+    schedule = dj.edm()
+    heun = dj.heun(schedule)
+    assert dj.chain(heun) is heun
+    assert dj.churn(heun, schedule, 0.0) is heun
+    x = jnp.asarray([[0.3, -1.0]])
+    outside = dj.churn(heun, schedule, 0.3, 5.0, 6.0)  # t = 3 is not in [5, 6]
+    np.testing.assert_allclose(
+        one_step(outside, schedule, x, 3.0, 1.0), one_step(heun, schedule, x, 3.0, 1.0), rtol=1e-6
+    )
+
+
+def posterior_mean(x, sigma):
+    """E[x0 | x0 + sigma n = x] for LAW, in NumPy, for algorithms 1 and 2."""
+    w, m, v = LAW
+    total = v + sigma**2
+    logp = np.log(w) - 0.5 * np.sum((x[:, None] - m) ** 2 / total + np.log(total), axis=-1)
+    r = np.exp(logp - logp.max(1, keepdims=True))
+    r /= r.sum(1, keepdims=True)
+    return np.sum(r[:, :, None] * (m + v / total * (x[:, None] - m)), axis=1)
+
+
+def karras_step(x, t, s):
+    """Karras et al. 2022, algorithm 1 with sigma(t) = t: lines 4-8."""
+    d = (x - posterior_mean(x, t)) / t
+    y = x + (s - t) * d
+    if s != 0:
+        y = x + (s - t) * (d / 2 + (y - posterior_mean(y, s)) / s / 2)
+    return y
+
+
+def test_heun_is_algorithm_1_of_edm(x64):
+    n = 18
+    levels = (80 ** (1 / 7) + np.arange(n) / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    times = np.append(levels, 0.0)
+    x = 80.0 * np.random.default_rng(0).standard_normal((4, 2))
+    expected = x
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        expected = karras_step(expected, t, s)
+    schedule = dj.edm()
+    go = jax.jit(
+        lambda x, times: dj.sample(jax.random.key(0), dj.heun(schedule), oracles.denoiser(LAW, schedule), x, times)
+    )
+    np.testing.assert_allclose(go(jnp.asarray(x), jnp.asarray(times)), expected, rtol=1e-9, atol=1e-12)
+    assert np.max(np.abs(np.asarray(dj.karras(n), np.float64) - times)) < 1e-4
+
+
+def test_churn_is_algorithm_2_of_edm(x64):
+    """x_hat = x + sqrt(t_hat^2 - t^2) S_noise z, t_hat = t (1 + gamma), then algorithm 1 from t_hat; gamma is capped."""
+    schedule, key, x = dj.edm(), jax.random.key(3), jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
+    z = np.asarray(dj.normal_like(jax.random.fold_in(key, 0), x))
+    for rate, gamma in ((0.2, 0.2), (5.0, np.sqrt(2) - 1)):
+        t, s, t_hat = 2.0, 1.2, 2.0 * (1 + gamma)
+        expected = karras_step(np.asarray(x) + np.sqrt(t_hat**2 - t**2) * 1.003 * z, t_hat, s)
+        sampler = dj.churn(dj.heun(schedule), schedule, rate, 0.05, 50.0, 1.003)
+        np.testing.assert_allclose(one_step(sampler, schedule, x, t, s, key), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("problem", ["vp_linear", "rectified", "cosine"])
+def test_churn_leaves_the_law_of_each_time(problem):
+    """On a schedule whose time ends at 1, up to t_hat <= 1 and, with no move, the law of t_hat."""
+    schedule = PROBLEMS[problem][0]
+    seen = []
+    spy = dj.Sampler(lambda x: (), lambda key, x, state, t, s, denoise: ((x, t), state))
+    for t in (0.5, 0.99, 1.0):
+        x = float(schedule(jnp.float32(t)).sigma) * jax.random.normal(jax.random.key(0), (20_000, 1))
+        (y, t_hat), _ = jax.jit(
+            lambda x, t: dj.churn(spy, schedule, 0.2, 0.0, 1.0, 1.0).step(jax.random.key(1), x, (), t, t / 2, None)
+        )(x, jnp.float32(t))
+        seen.append(float(t_hat))
+        sigma = float(schedule(t_hat).sigma)
+        assert float(jnp.std(y)) == pytest.approx(sigma, rel=4.5 / np.sqrt(40_000))
+    assert 0.5 < seen[0] < 1 and 0.99 <= seen[1] <= 1 and seen[2] == 1
+
+
+def test_langevin_step_is_the_formula(x64):
+    schedule, t = dj.vp_linear(), 0.4
+    x = jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
+    key = jax.random.key(5)
+    z = np.asarray(dj.normal_like(jax.random.fold_in(key, 0), x))
+    score = np.asarray(oracles.score(LAW, schedule, x, jnp.full(2, t)))
+    e = 2 * (0.16 * np.linalg.norm(z, axis=1) / np.linalg.norm(score, axis=1))[:, None] ** 2
+    got = one_step(dj.langevin(schedule, 0.16), schedule, x, t, 0.3, key)
+    np.testing.assert_allclose(got, np.asarray(x) + e * score + np.sqrt(2 * e) * z, rtol=1e-10)
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def test_classifier_free(x64):
+    """Scale 1 is conditional, 0 unconditional; linear in the scale; a function of t; consistent with x."""
+    schedule, cond = dj.cosine(), jnp.asarray([0, 1, 1])
+    model = oracles.conditional(LAW, schedule)
+    x, t = jnp.asarray([[0.3, -1.0], [1.1, 0.4], [0.0, 0.2]]), jnp.asarray([0.3, 0.5, 0.9])
+    guide = jax.jit(lambda scale: dj.classifier_free(model, 2, scale)(x, t, cond))
+    yes, no = model(x, t, cond), model(x, t, jnp.full(3, 2))
+    assert dj.classifier_free(model, 2, 1.0) is model
+    for scale, expected in ((0.0, no), (1.0, yes)):
+        for got, want in zip(guide(scale)[:2], expected[:2], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+    three = guide(3.0)
+    np.testing.assert_allclose(three.eps, no.eps + 3 * (yes.eps - no.eps), rtol=1e-10)
+    alpha, sigma = schedule(t)
+    np.testing.assert_allclose(alpha[:, None] * three.x0 + sigma[:, None] * three.eps, x, atol=1e-12)
+    # p(x) (p(x | c) / p(x))^w: the guided score is the combination of the exact scores.
+    by_time = dj.classifier_free(model, jnp.asarray([2]), lambda t: jnp.where(t > 0.4, 2.0, 0.0))(x, t, cond)
+    two = guide(2.0)
+    np.testing.assert_allclose(by_time.x0, jnp.concatenate([no.x0[:1], two.x0[1:]]), rtol=1e-10)
+    with pytest.raises(ValueError, match="condition"):
+        dj.classifier_free(model, 2, 2.0)(x, t, None)
+
+
+def test_classifier_free_takes_any_tree_and_keeps_the_variance():
+    schedule = dj.cosine()
+
+    def model(x, t, cond):
+        shift = cond["text"][:, 0, :2] + dj.bcast(cond["label"], x[:, :2])
+        return dj.from_eps(schedule, x, t, shift)._replace(variance_fraction=dj.bcast(cond["label"], x) + 0 * x)
+
+    cond = {"text": jnp.ones((2, 3, 4)), "label": jnp.asarray([1.0, 2.0])}
+    null = {"text": jnp.zeros((3, 4)), "label": 0.0}
+    out = dj.classifier_free(model, null, 2.0)(jnp.zeros((2, 2)), jnp.full(2, 0.5), cond)
+    np.testing.assert_allclose(out.eps, [[4.0, 4.0], [6.0, 6.0]])
+    np.testing.assert_allclose(out.variance_fraction, [[1.0, 1.0], [2.0, 2.0]])
+
+
+def test_static_threshold_stays_consistent():
+    schedule, x, t = dj.vp_linear(), jnp.asarray([[3.0, -0.2]]), jnp.asarray([0.2])
+    truth = oracles.denoiser(LAW, schedule)
+    p = dj.static_threshold(truth, schedule, 0.4)(x, t, None)
+    alpha, sigma = schedule(t)
+    np.testing.assert_allclose(p.x0, np.clip(truth(x, t).x0, -0.4, 0.4))
+    np.testing.assert_allclose(alpha[:, None] * p.x0 + sigma[:, None] * p.eps, x, rtol=1e-6)
+    wide = dj.static_threshold(truth, schedule, 100.0)(x, t, None)
+    np.testing.assert_allclose(wide.eps, truth(x, t).eps, rtol=1e-4)
