@@ -58,7 +58,7 @@ def sample(
 
     steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
     (last, _), path = jax.lax.scan(body, (x, sampler.init(x)), steps)
-    return jnp.concatenate([x[None], path]) if trajectory else last
+    return last if path is None else jnp.concatenate([x[None], path])
 
 
 def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
@@ -152,7 +152,7 @@ def dpmpp_2m(schedule: Schedule) -> Sampler:
         p = denoise(x, t)
         alpha, sigma = schedule(s)
         lam_t, lam_s = logsnr(schedule, t) / 2, logsnr(schedule, s) / 2
-        h, h_prev = lam_s - lam_t, lam_t - lam_prev
+        h, h_prev = lam_s - lam_t, lam_t - lam_prev.astype(lam_t.dtype)
         second = started & (sigma > 0)
         ratio = jnp.where(second, h / (2 * jnp.where(second, h_prev, 1)), 0)
         extra = jnp.where(second, -alpha * jnp.expm1(-h) * jnp.where(second, ratio, 0), 0)

@@ -82,7 +82,8 @@ def logsnr_uniform(n: int, schedule: Schedule, start: float = 1.0, end: float = 
     if not bool(jnp.isfinite(low) & jnp.isfinite(high)):
         raise ValueError(f"logsnr_uniform: the log SNR is infinite at {start} or {end}")
     inner = inverse_logsnr(schedule, jnp.linspace(low, high, _steps(n))[1:-1], end, start)
-    return jnp.concatenate([ends[:1], inner, ends[1:], jnp.zeros((1,))] if n > 1 else [ends[:1], jnp.zeros((1,))])
+    zero = jnp.zeros((1,), jnp.float32)
+    return jnp.concatenate([ends[:1], inner, ends[1:], zero] if n > 1 else [ends[:1], zero])
 
 
 def draw_uniform(low: float = 0.0, high: float = 1.0) -> Draw:

@@ -1,7 +1,7 @@
 r"""Distributions for which diffusion has exact answers: mixtures of Gaussians with diagonal covariances.
 
-If x0 ~ sum_k w_k N(m_k, v_k) then x_t = alpha x0 + sigma eps ~ sum_k w_k N(alpha m_k, V_k), V_k = alpha^2 v_k + sigma^2,
-and with the responsibilities r_k(x), everything a network could learn has a closed form:
+If x0 ~ sum_k w_k N(m_k, v_k) then x_t = alpha x0 + sigma eps ~ sum_k w_k N(alpha m_k, V_k), with
+V_k = alpha^2 v_k + sigma^2, and with the responsibilities r_k(x), everything a network could learn has a closed form:
 
     E[x0 | x_t]  = sum_k r_k (m_k + alpha v_k / V_k (x - alpha m_k))                          (1)
     E[eps | x_t] = sum_k r_k sigma / V_k (x - alpha m_k)                                      (2)
@@ -89,7 +89,7 @@ def projected_cdf(mixture: Mixture, direction: np.ndarray) -> Callable[[np.ndarr
 
 
 def _components(mixture: Mixture, schedule: Schedule, x: Array, t: Array, allowed: Array | None = None):
-    """log joint f[b k], residual x - alpha m_k and V_k f[b k n], alpha and sigma f[b 1 1], means and variances f[1 k n]."""
+    """log joint f[b k]; x - alpha m_k, V_k f[b k n]; alpha, sigma f[b 1 1]; means, variances f[1 k n]."""
     b, k = x.shape[0], mixture.weights.shape[0]
     m = jnp.reshape(jnp.asarray(mixture.means, x.dtype), (1, k, -1))
     v = jnp.reshape(jnp.asarray(mixture.variances, x.dtype), (1, k, -1))

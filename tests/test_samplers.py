@@ -1,5 +1,8 @@
 """Every sampler, on problems whose answer is known: laws, orders of convergence, identities, keys and compilation."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from scipy import stats
 import diffusion_jax as dj
 
 D = 16
-# name -> constructor. `step` is the length in t of a step of a uniform grid, which only the learned variance needs.
+# name -> constructor from a schedule and its largest time.
 DETERMINISTIC = {
     "ddim_0": lambda s, top: dj.ddim(s, 0.0),
     "euler": lambda s, top: dj.euler(s),
@@ -27,7 +30,7 @@ RANDOM = {
     "churn_euler": lambda s, top: dj.churn(dj.euler(s), s, 0.05, 0.0, top, noise=1.0),
 }
 CORRECTED = {
-    "langevin": lambda s, top: dj.langevin(s, 0.1, 6),
+    "langevin": lambda s, top: dj.langevin(s, 0.15, 10),
     "langevin_ddpm": lambda s, top: dj.chain(dj.langevin(s, 0.05), dj.ddpm(s)),
     "langevin_ddim": lambda s, top: dj.chain(dj.langevin(s, 0.05), dj.ddim(s)),
 }
@@ -44,29 +47,35 @@ PROBLEMS = {
 
 
 def laws(d):
-    """A Gaussian (written as two equal components, so that both share one compilation) and a mixture, in d dimensions."""
+    """A Gaussian (as two equal components, so that both share one compilation) and a mixture, in d dimensions.
+
+    The components of the mixture have different scales in D dimensions, equal ones elsewhere.
+    """
     rng = np.random.default_rng(0)
     mean, variance = rng.uniform(-1, 1, d), rng.uniform(0.2, 0.6, d)
     apart = rng.standard_normal(d)
     apart *= 1.5 / np.linalg.norm(apart)
     single = Mixture(np.array([0.5, 0.5]), np.stack([mean, mean]), np.stack([variance, variance]))
-    double = Mixture(np.array([0.3, 0.7]), np.stack([apart, -apart]), np.stack([variance, variance[::-1] / 2]))
+    double = Mixture(
+        np.array([0.3, 0.7]), np.stack([apart, -apart]), np.stack([variance, variance[::-1] / (2 if d == D else 1)])
+    )
     return single, double, apart
 
 
 def check_law(x, mixture, directions):
-    """Mean and covariance within 4.5 standard errors of every entry; KS on projections, p > 0.01 corrected for their number.
+    """Every entry of mean and covariance (of 32) within its standard errors, p > 0.001; KS on projections, p > 0.01.
 
-    Returns the smallest corrected p-value.
+    Both are corrected for the number of comparisons (Bonferroni). Returns the smallest corrected p-value of KS.
     """
     x = np.asarray(x, np.float64).reshape(len(x), -1)
     n, (mean, covariance) = len(x), oracles.moments(mixture)
     error = np.abs(x.mean(0) - mean) / np.sqrt(np.diag(covariance) / n)
-    assert error.max() < 4.5, f"mean off by {error.max():.1f} standard errors"
+    assert error.max() < stats.norm.isf(0.0005 / error.size), f"mean off by {error.max():.1f} standard errors"
     centred = x - mean
-    products = centred[:, :, None] * centred[:, None, :]
-    error = np.abs(products.mean(0) - covariance) / (products.std(0) / np.sqrt(n))
-    assert error.max() < 4.5, f"covariance off by {error.max():.1f} standard errors"
+    few = centred[:, :32]
+    products = few[:, :, None] * few[:, None, :]
+    error = np.abs(products.mean(0) - covariance[:32, :32]) / (products.std(0) / np.sqrt(n))
+    assert error.max() < stats.norm.isf(0.0005 / error.size), f"covariance off by {error.max():.1f} standard errors"
     p = [stats.kstest(x @ u, oracles.projected_cdf(mixture, u)).pvalue for u in directions]
     assert min(p) * len(p) > 0.01, f"KS p-values {p}"
     return min(p) * len(p)
@@ -94,15 +103,19 @@ def run_law(make, problem, steps, n, d=D, index=-1):
     print(f"{problem}: smallest corrected p = {smallest:.3f}")
 
 
-@pytest.mark.parametrize("problem", ["vp_linear", "rectified", "edm"])
-@pytest.mark.parametrize("name", DETERMINISTIC | RANDOM)
+ON_VP = ("ddpm_small", "ddpm_large", "dpmpp_2m")
+ON_EDM = ("ddim_0", "heun", "churn_heun")  # where ddim_0 is euler and ddim_1 is ddpm_small
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [(name, "rectified") for name in DETERMINISTIC | RANDOM]
+    + [(name, "vp_linear") for name in ON_VP]
+    + [(name, "edm") for name in ON_EDM]
+    + [("ddpm_small", "cosine"), ("ddim_half", "ve")],
+)
 def test_law(name, problem):
-    """A Gaussian and a mixture in 16 dimensions, n = 2000."""
-    run_law(SAMPLERS[name], problem, steps=200, n=2000)
-
-
-@pytest.mark.parametrize(("name", "problem"), [("ddpm_small", "cosine"), ("dpmpp_2m", "cosine"), ("ddim_half", "ve")])
-def test_law_on_more_schedules(name, problem):
+    """A Gaussian and a mixture in 16 dimensions, n = 2000; rectified and cosine start without any signal."""
     run_law(SAMPLERS[name], problem, steps=200, n=2000)
 
 
@@ -110,13 +123,19 @@ def test_law_on_more_schedules(name, problem):
     ("name", "problem"), [("langevin", "ve"), ("langevin_ddpm", "vp_linear"), ("langevin_ddim", "ve")]
 )
 def test_law_of_langevin(name, problem):
-    """In 256 dimensions, n = 500: the step size looks at |score| and |z|, so its law is right to O(1 / d) only."""
-    run_law(SAMPLERS[name], problem, steps=120, n=500, d=256, index=-2 if name == "langevin" else -1)
+    """In 256 dimensions, n = 500, and with components of equal scale.
+
+    A step size e(x) that looks at |score| and |z| leaves p(x) / e(x) in place of p(x): right to O(1 / d) within a
+    component, and wrong between components whose scores have different norms.
+    """
+    run_law(
+        SAMPLERS[name], problem, steps=100 if "dd" in name else 60, n=500, d=256, index=-2 if name == "langevin" else -1
+    )
 
 
 @pytest.mark.parametrize("problem", ["vp_linear", "cosine"])
 def test_ancestral_with_the_true_variance_is_exact_in_few_steps(problem):
-    """For Gaussian data q(x_s | x_t) is Gaussian: with its variance, 8 steps have no error; with a fixed one they do."""
+    """For Gaussian data q(x_s | x_t) is Gaussian: 8 steps with its variance have no error, with a fixed one they do."""
     schedule = PROBLEMS[problem][0]
     times = jnp.linspace(0.9, 0.1, 9)
     single, _, apart = laws(D)
@@ -148,6 +167,11 @@ RANGES = {
 }
 
 
+def at_scalar_time(law, schedule):
+    """The denoiser as a step sees it."""
+    return lambda x, t: oracles.denoiser(law, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
+
+
 @pytest.mark.parametrize("problem", RANGES)
 @pytest.mark.parametrize("name", ORDERS)
 def test_order_of_convergence(name, problem):
@@ -156,13 +180,13 @@ def test_order_of_convergence(name, problem):
     law = oracles.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
     with jax.enable_x64(True):
         x = jnp.asarray(np.array([[1.0, -0.4, 0.3], [-0.7, 1.2, -1.5]]))
-        denoise = lambda x, t: oracles.denoiser(law, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
+        denoise = at_scalar_time(law, schedule)
         step = jax.jit(lambda x, state, t, s: sampler.step(jax.random.key(0), x, state, t, s, denoise))
         exact = oracles.flow(law, schedule, x, jnp.asarray(high), jnp.asarray(low))
         errors = []
         for n in (128, 256):
             times, y, state = np.linspace(high, low, n + 1), x, sampler.init(x)
-            for t, s in zip(times[:-1], times[1:], strict=True):
+            for t, s in itertools.pairwise(times):
                 y, state = step(y, state, t, s)
             assert y.dtype == jnp.float64
             errors.append(float(jnp.sqrt(jnp.mean((y - exact) ** 2))))
@@ -180,10 +204,13 @@ def everything(schedule, top=1.0):
 
 @pytest.mark.parametrize("name", everything(dj.cosine()))
 def test_keys_traces_batches_and_ends(name):
-    """From a time without signal to one without noise, by v-prediction, with one key per example."""
-    schedule = dj.cosine()
-    sampler, law = everything(schedule)[name], oracles.gaussian(np.full(3, 0.5), np.array([0.2, 0.5, 0.9]))
-    truth = oracles.denoiser(law, schedule)
+    """From a time without signal to one without noise, by v-prediction, with one key per example.
+
+    An example fills whole vector registers: of a loop's remainder XLA's CPU compiler rounds the last bit differently.
+    """
+    schedule, d, n = dj.cosine(), 16, 5
+    law = oracles.gaussian(np.full(d, 0.5), np.linspace(0.2, 0.9, d))
+    sampler, truth = everything(schedule)[name], oracles.denoiser(law, schedule)
     traces = []
 
     def net(x, t, cond):
@@ -192,29 +219,24 @@ def test_keys_traces_batches_and_ends(name):
         return jnp.concatenate([v, jnp.zeros_like(v)], axis=-1) if name == "ancestral" else v
 
     denoiser = dj.parameterize(net, schedule, "v", learned_variance=name == "ancestral")
+    go = jax.jit(functools.partial(dj.sample, trajectory=True), static_argnums=(1, 2))
+    plain = jax.jit(dj.sample, static_argnums=(1, 2))
 
-    @jax.jit
-    def go(keys, x, times):
-        path = dj.sample(keys, sampler, denoiser, x, times, trajectory=True)
-        return path, dj.sample(keys, sampler, denoiser, x, times)
-
-    keys, times = jax.random.split(jax.random.key(0), 5), dj.uniform(6)
-    x = dj.prior(keys, schedule, (5, 3), times[0])
-    path, last = go(keys, x, times)
-    assert path.shape == (7, 5, 3) and np.all(np.isfinite(path))
+    keys, times = jax.random.split(jax.random.key(0), 4), jnp.asarray(np.linspace(1, 0, n + 1), jnp.float32)
+    x = jax.random.normal(jax.random.key(9), (4, d))
+    path = np.asarray(go(keys, sampler, denoiser, x, times))
+    assert path.shape == (n + 1, 4, d) and np.all(np.isfinite(path))
     np.testing.assert_array_equal(path[0], x)
-    np.testing.assert_array_equal(path[-1], last)
 
     traced = len(traces)
-    other = go(jax.random.split(jax.random.key(1), 5), x, times)[1]
-    moved = go(keys, x, dj.quadratic(6))[1]
-    assert len(traces) == traced, "recompiled for other keys or times"
-    assert not np.array_equal(moved, last)
-    assert np.array_equal(other, last) == (name in DETERMINISTIC)
+    other = np.asarray(go(jax.random.split(jax.random.key(1), 4), sampler, denoiser, x, times))
+    moved = np.asarray(go(keys, sampler, denoiser, x, times**2))
+    assert len(traces) == traced, "traced again for other keys or times"
+    assert not np.array_equal(moved[-1], path[-1])
+    assert np.array_equal(other, path) == (name in DETERMINISTIC)
 
-    for i in range(2):  # the same examples in a batch of two, and in another place
-        pick = np.array([3, 1]) if i else np.array([0, 4])
-        np.testing.assert_array_equal(go(keys[pick], x[pick], times)[1], last[pick])
+    for pick in (np.array([3, 1]), np.array([0, 2])):  # in a batch of two, in another place, without the trajectory
+        np.testing.assert_array_equal(plain(keys[pick], sampler, denoiser, x[pick], times), path[-1][pick])
 
 
 def test_one_key_for_the_whole_batch_draws_different_examples():
@@ -222,6 +244,19 @@ def test_one_key_for_the_whole_batch_draws_different_examples():
     x = jnp.zeros((4, 3))
     y = dj.sample(jax.random.key(0), dj.ddpm(schedule), oracles.denoiser(law, schedule), x, dj.uniform(3))
     assert len(np.unique(np.asarray(y)[:, 0])) == 4
+
+
+def test_float32_stays_float32_where_float64_is_enabled(x64):
+    schedule = dj.cosine()
+    x, times = jax.ShapeDtypeStruct((3, 2), "float32"), jax.ShapeDtypeStruct((4,), "float32")
+
+    def denoiser(x, t, cond):
+        return dj.from_v(schedule, x, t, 0.1 * x)._replace(variance_fraction=jnp.full_like(x, 0.5))
+
+    for name, sampler in everything(schedule).items():
+        out = jax.eval_shape(lambda x, t, s=sampler: dj.sample(jax.random.key(0), s, denoiser, x, t), x, times)
+        assert out.dtype == "float32", name
+    assert dj.logsnr_uniform(3, dj.vp_linear()).dtype == "float32"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3, 5, 2), (3, 4, 4, 2), (3, 2, 4, 4, 2)])
@@ -245,14 +280,16 @@ def test_shape_does_not_change_the_numbers():
     mean, variance, noise = rng.normal(size=(2, 2, 3)), rng.uniform(0.1, 1, (2, 2, 3)), rng.normal(size=(4, 2, 2, 3))
     x = jnp.asarray(noise, jnp.float32)
     image, flat = oracles.gaussian(mean, variance), oracles.gaussian(mean.ravel(), variance.ravel())
-    run = lambda law, x: jax.jit(
-        lambda x: dj.sample(jax.random.key(0), dj.dpmpp_2m(schedule), oracles.denoiser(law, schedule), x, dj.uniform(5))
-    )(x)
+
+    def run(law, x):
+        denoiser = oracles.denoiser(law, schedule)
+        return jax.jit(lambda x: dj.sample(jax.random.key(0), dj.dpmpp_2m(schedule), denoiser, x, dj.uniform(5)))(x)
+
     np.testing.assert_allclose(run(image, x).reshape(4, -1), run(flat, x.reshape(4, -1)), rtol=1e-5, atol=1e-6)
 
 
 def test_evaluations_are_counted():
-    """One per step, two for Heun except where the noise ends: 2n - 1 on Karras's grid; n + 1 a step with n corrections."""
+    """One per step; two for Heun except where the noise ends, 2n - 1 on Karras's grid; one more per correction."""
     schedule, n, counter = dj.edm(), 6, []
     law = oracles.gaussian(np.zeros(2), np.ones(2))
 
@@ -267,7 +304,7 @@ def test_evaluations_are_counted():
         "euler": n,
         "dpmpp_2m": n,
         "ddpm_small": n,
-        "langevin": 6 * n,
+        "langevin": 10 * n,
         "langevin_ddim": 2 * n,
     }
     x, times = jnp.ones((3, 2)), dj.karras(n)
@@ -327,7 +364,7 @@ def x64():
 
 
 def one_step(sampler, schedule, x, t, s, key=None):
-    denoise = lambda x, t: oracles.denoiser(LAW, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
+    denoise = at_scalar_time(LAW, schedule)
     key = jax.random.key(7) if key is None else key
     return jax.jit(lambda t, s: sampler.step(key, x, sampler.init(x), t, s, denoise)[0])(jnp.asarray(t), jnp.asarray(s))
 
@@ -337,13 +374,16 @@ def test_identities_of_one_step(problem, x64):
     """DDIM is Euler in the time sigma / alpha, and the first step of 2M, and DPM-Solver-1; ddpm is ddim(eta=1)."""
     schedule, t, s = PROBLEMS[problem][0], 0.7, 0.45
     x = jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
-    p = oracles.denoiser(LAW, schedule)(x, jnp.full(2, t))
-    (a_t, s_t), (a_s, s_s) = ((float(c) for c in schedule(jnp.asarray(u))) for u in (t, s))
+    p, at, as_ = jax.jit(
+        lambda t, s: (oracles.denoiser(LAW, schedule)(x, jnp.broadcast_to(t, (2,))), schedule(t), schedule(s))
+    )(jnp.asarray(t), jnp.asarray(s))
+    (a_t, s_t), (a_s, s_s) = (tuple(map(float, c)) for c in (at, as_))
+    p, x = jax.tree.map(np.asarray, (p, x))
     ddim = one_step(dj.ddim(schedule), schedule, x, t, s)
     np.testing.assert_allclose(ddim, a_s * (x / a_t + (s_s / a_s - s_t / a_t) * p.eps), rtol=1e-10)
     h = np.log(a_s / s_s) - np.log(a_t / s_t)
     np.testing.assert_allclose(ddim, a_s / a_t * x - s_s * np.expm1(h) * p.eps, rtol=1e-10)
-    np.testing.assert_array_equal(ddim, one_step(dj.dpmpp_2m(schedule), schedule, x, t, s))
+    np.testing.assert_allclose(ddim, one_step(dj.dpmpp_2m(schedule), schedule, x, t, s), rtol=1e-14)
     small, one = (one_step(f, schedule, x, t, s) for f in (dj.ddpm(schedule), dj.ddim(schedule, 1.0)))
     np.testing.assert_allclose(small, one, rtol=1e-10)
     assert not np.allclose(small, ddim)
@@ -386,7 +426,7 @@ def test_heun_is_algorithm_1_of_edm(x64):
     times = np.append(levels, 0.0)
     x = 80.0 * np.random.default_rng(0).standard_normal((4, 2))
     expected = x
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         expected = karras_step(expected, t, s)
     schedule = dj.edm()
     go = jax.jit(
@@ -397,7 +437,7 @@ def test_heun_is_algorithm_1_of_edm(x64):
 
 
 def test_churn_is_algorithm_2_of_edm(x64):
-    """x_hat = x + sqrt(t_hat^2 - t^2) S_noise z, t_hat = t (1 + gamma), then algorithm 1 from t_hat; gamma is capped."""
+    """x_hat = x + sqrt(t_hat^2 - t^2) S_noise z, t_hat = t (1 + gamma), then algorithm 1 from t_hat; gamma is capped"""
     schedule, key, x = dj.edm(), jax.random.key(3), jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
     z = np.asarray(dj.normal_like(jax.random.fold_in(key, 0), x))
     for rate, gamma in ((0.2, 0.2), (5.0, np.sqrt(2) - 1)):
@@ -429,7 +469,7 @@ def test_langevin_step_is_the_formula(x64):
     x = jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
     key = jax.random.key(5)
     z = np.asarray(dj.normal_like(jax.random.fold_in(key, 0), x))
-    score = np.asarray(oracles.score(LAW, schedule, x, jnp.full(2, t)))
+    score = np.asarray(jax.jit(lambda x: oracles.score(LAW, schedule, x, jnp.full(2, t)))(x))
     e = 2 * (0.16 * np.linalg.norm(z, axis=1) / np.linalg.norm(score, axis=1))[:, None] ** 2
     got = one_step(dj.langevin(schedule, 0.16), schedule, x, t, 0.3, key)
     np.testing.assert_allclose(got, np.asarray(x) + e * score + np.sqrt(2 * e) * z, rtol=1e-10)
@@ -443,20 +483,21 @@ def test_classifier_free(x64):
     schedule, cond = dj.cosine(), jnp.asarray([0, 1, 1])
     model = oracles.conditional(LAW, schedule)
     x, t = jnp.asarray([[0.3, -1.0], [1.1, 0.4], [0.0, 0.2]]), jnp.asarray([0.3, 0.5, 0.9])
-    guide = jax.jit(lambda scale: dj.classifier_free(model, 2, scale)(x, t, cond))
-    yes, no = model(x, t, cond), model(x, t, jnp.full(3, 2))
+
+    @jax.jit
+    def compute(scales):
+        guided = [dj.classifier_free(model, 2, scales[i])(x, t, cond) for i in range(4)]
+        by_time = dj.classifier_free(model, jnp.asarray([2]), lambda t: jnp.where(t > 0.4, 2.0, 0.0))(x, t, cond)
+        return guided, by_time, model(x, t, cond), model(x, t, jnp.full(3, 2)), schedule(t)
+
+    (zero, one, two, three), by_time, yes, no, (alpha, sigma) = jax.tree.map(np.asarray, compute(jnp.arange(4.0)))
     assert dj.classifier_free(model, 2, 1.0) is model
-    for scale, expected in ((0.0, no), (1.0, yes)):
-        for got, want in zip(guide(scale)[:2], expected[:2], strict=True):
+    for guided, expected in ((zero, no), (one, yes)):
+        for got, want in zip(guided[:2], expected[:2], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
-    three = guide(3.0)
     np.testing.assert_allclose(three.eps, no.eps + 3 * (yes.eps - no.eps), rtol=1e-10)
-    alpha, sigma = schedule(t)
     np.testing.assert_allclose(alpha[:, None] * three.x0 + sigma[:, None] * three.eps, x, atol=1e-12)
-    # p(x) (p(x | c) / p(x))^w: the guided score is the combination of the exact scores.
-    by_time = dj.classifier_free(model, jnp.asarray([2]), lambda t: jnp.where(t > 0.4, 2.0, 0.0))(x, t, cond)
-    two = guide(2.0)
-    np.testing.assert_allclose(by_time.x0, jnp.concatenate([no.x0[:1], two.x0[1:]]), rtol=1e-10)
+    np.testing.assert_allclose(by_time.x0, np.concatenate([no.x0[:1], two.x0[1:]]), rtol=1e-10)
     with pytest.raises(ValueError, match="condition"):
         dj.classifier_free(model, 2, 2.0)(x, t, None)
 
@@ -478,9 +519,15 @@ def test_classifier_free_takes_any_tree_and_keeps_the_variance():
 def test_static_threshold_stays_consistent():
     schedule, x, t = dj.vp_linear(), jnp.asarray([[3.0, -0.2]]), jnp.asarray([0.2])
     truth = oracles.denoiser(LAW, schedule)
-    p = dj.static_threshold(truth, schedule, 0.4)(x, t, None)
-    alpha, sigma = schedule(t)
-    np.testing.assert_allclose(p.x0, np.clip(truth(x, t).x0, -0.4, 0.4))
+    p, wide, plain, (alpha, sigma) = jax.jit(
+        lambda x: (
+            dj.static_threshold(truth, schedule, 0.4)(x, t, None),
+            dj.static_threshold(truth, schedule, 100.0)(x, t, None),
+            truth(x, t),
+            schedule(t),
+        )
+    )(x)
+    np.testing.assert_allclose(p.x0, np.clip(plain.x0, -0.4, 0.4))
+    assert not np.array_equal(p.x0, plain.x0)
     np.testing.assert_allclose(alpha[:, None] * p.x0 + sigma[:, None] * p.eps, x, rtol=1e-6)
-    wide = dj.static_threshold(truth, schedule, 100.0)(x, t, None)
-    np.testing.assert_allclose(wide.eps, truth(x, t).eps, rtol=1e-4)
+    np.testing.assert_allclose(wide.eps, plain.eps, rtol=1e-4)

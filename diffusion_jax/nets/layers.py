@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 
 def xavier(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
-    """Uniform with variance 2 / (fan in + fan out): a kernel `[*widths, n_in, n_out]` (Glorot & Bengio 2010, eq. 16)."""
+    """Uniform with variance 2 / (fan in + fan out): kernel `[*widths, n_in, n_out]` (Glorot & Bengio 2010, eq. 16)."""
     limit = math.sqrt(6 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
     return rngs.uniform(shape, jnp.float32, minval=-limit, maxval=limit)
 

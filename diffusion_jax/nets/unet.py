@@ -151,17 +151,21 @@ class Resample(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The blocks of one level on the way down, in the middle or on the way up."""
+    """The blocks of one level, of `widths` in and out, the first `attentions` of them followed by (2); a `Resample`."""
 
-    def __init__(self, rngs: nnx.Rngs, widths: Sequence[tuple[int, int]], n_emb: int, attentions: int, o: Options):
+    def __init__(
+        self, rngs: nnx.Rngs, widths: Sequence[tuple[int, int]], n_emb: int, o: Options, *, attentions: int = 0,
+        down: bool = False, up: bool = False,
+    ):  # fmt: skip
+        n = widths[-1][1]
         self.resnets = nnx.List([ResnetBlock(rngs, n_in, n_out, n_emb, o) for n_in, n_out in widths])
-        if attentions:
-            self.attentions = nnx.List([Attention(rngs, widths[-1][1], o) for _ in range(attentions)])
-        self.attends = bool(attentions)
+        self.attentions = nnx.List([Attention(rngs, n, o) for _ in range(attentions)])
+        self.downsamplers = nnx.List([Resample(rngs, n, o, up=False)] if down else [])
+        self.upsamplers = nnx.List([Resample(rngs, n, o, up=True)] if up else [])
 
     def block(self, i: int, x: Array, emb: Array, noise: Array | None) -> Array:
         x = self.resnets[i](x, emb, noise)
-        return self.attentions[i](x) if self.attends and i < len(self.attentions) else x
+        return self.attentions[i](x) if i < len(self.attentions) else x
 
 
 def block_plan(widths: Sequence[int], blocks: int) -> tuple[tuple[int, int], ...]:
@@ -185,19 +189,14 @@ class UNet(nnx.Module):
         self.class_embedding = None if classes is None else layers.LabelEmbedding(rngs, classes, n_emb, o.dtype)
         self.down_blocks, self.up_blocks, skips = nnx.List(), nnx.List(), [n]
         for i, width in enumerate(widths):
-            level = Level(rngs, [(n, width)] + [(width, width)] * (blocks - 1), n_emb, blocks * attends[i], o)
-            if i < last:
-                level.downsamplers = nnx.List([Resample(rngs, width, o, up=False)])
-            self.down_blocks.append(level)
+            pairs = [(width if j else n, width) for j in range(blocks)]
+            self.down_blocks.append(Level(rngs, pairs, n_emb, o, attentions=blocks * attends[i], down=i < last))
             skips += [width] * (blocks + (i < last))
             n = width
-        self.mid_block = Level(rngs, [(n, n), (n, n)], n_emb, 1, o)
+        self.mid_block = Level(rngs, [(n, n), (n, n)], n_emb, o, attentions=1)
         for i, width in reversed(list(enumerate(widths))):
             pairs = [(skips.pop() + (width if j else n), width) for j in range(blocks + 1)]
-            level = Level(rngs, pairs, n_emb, (blocks + 1) * attends[i], o)
-            if i > 0:
-                level.upsamplers = nnx.List([Resample(rngs, width, o, up=True)])
-            self.up_blocks.append(level)
+            self.up_blocks.append(Level(rngs, pairs, n_emb, o, attentions=(blocks + 1) * attends[i], up=i > 0))
             n = width
         self.conv_norm_out = GroupNorm(n, o.groups)
         self.conv_out = Conv(rngs, n, n_out, o, init=layers.zeros)
@@ -235,12 +234,14 @@ class UNet(nnx.Module):
         for i in range(len(level.resnets)):
             x = level.block(i, x, emb, next(noise))
             skips.append(x)
-        if hasattr(level, "downsamplers"):
-            x = level.downsamplers[0](x)
+        for resample in level.downsamplers:
+            x = resample(x)
             skips.append(x)
         return x
 
     def up(self, level: Level, x: Array, emb: Array, noise: Noise, skips: list[Array]) -> Array:
         for i in range(len(level.resnets)):
             x = level.block(i, jnp.concatenate([x, skips.pop()], axis=-1), emb, next(noise))
-        return level.upsamplers[0](x) if hasattr(level, "upsamplers") else x
+        for resample in level.upsamplers:
+            x = resample(x)
+        return x

@@ -1,0 +1,64 @@
+"""Throughput of the training loop against the bare jitted step, on the digits experiment.
+
+    python benchmarks/loop.py
+
+The loop's figure is the median of its own lines in metrics.jsonl; the bare step runs the same program on the same
+device before and after it. Prints one JSON line: ratio = loop / bare, 1 being no overhead.
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from diffusion_jax.experiment import find_experiment
+from diffusion_jax.training.data import feed
+from diffusion_jax.training.loop import fit
+from diffusion_jax.training.state import init_state
+from diffusion_jax.training.step import make_loss_fn, make_train_step
+
+STEPS, SIZE = 120, {"width": 32, "log_every": 10, "sample_every": 0, "checkpoint_every": 0}
+
+
+def bare(experiment, steps: int = 60) -> float:
+    """Images a second of the jitted step alone, batches on the device already."""
+    loss = make_loss_fn(experiment.net, experiment.read, experiment.objective, null=experiment.null, drop=0.1)
+    step = jax.jit(make_train_step(loss, experiment.optimizer, experiment.ema), donate_argnums=0)
+    state = jax.jit(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))()
+    train = experiment.data().train
+    rows = feed(train, experiment.batch, 0).next(1)["index"][0]
+    batch = jax.device_put({name: array[rows] for name, array in train.items()})
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    times = []
+    for _ in range(steps // 10):
+        start = time.perf_counter()
+        for _ in range(10):
+            state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    return 10 * experiment.batch / statistics.median(times)
+
+
+def looped(experiment) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        fit(experiment, Path(folder), {})
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["images_per_second"] for line in lines[1:] if "images_per_second" in line)
+
+
+def main() -> None:
+    experiment = find_experiment("digits")(steps=STEPS, **SIZE)
+    experiment = dataclasses.replace(experiment, evaluate=None)
+    before, loop, after = bare(experiment), looped(experiment), bare(experiment)
+    line = {"measurement": "loop / bare step", "ratio": round(loop / statistics.mean([before, after]), 3)}
+    print(json.dumps(line | {"bare_images_per_second": [round(before), round(after)], "loop": round(loop)}))
+
+
+if __name__ == "__main__":
+    main()

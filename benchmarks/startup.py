@@ -1,0 +1,52 @@
+"""What a user waits for: import, and the first training step with a cold and a warm compilation cache.
+
+    python benchmarks/startup.py
+
+Each figure is the median of fresh processes. Prints one JSON line a measurement.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+FIRST_STEP = """
+import time, jax, jax.numpy as jnp
+from diffusion_jax.__main__ import _set_up_jax
+from diffusion_jax.experiment import find_experiment
+from diffusion_jax.training.state import init_state
+from diffusion_jax.training.step import make_loss_fn, make_train_step
+_set_up_jax()
+e = find_experiment("cifar10")(width=32)
+start = time.perf_counter()
+state = jax.jit(lambda: init_state(jax.random.key(0), e.net, e.optimizer))()
+step = jax.jit(make_train_step(make_loss_fn(e.net, e.read, e.objective), e.optimizer, e.ema), donate_argnums=0)
+jax.block_until_ready(step(state, {"image": jnp.zeros((8, 32, 32, 3), jnp.uint8)}))
+print(time.perf_counter() - start)
+"""
+
+
+def seconds(code: str, **environment: str) -> float:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout or time.perf_counter() - start)
+
+
+def main() -> None:
+    seconds("import diffusion_jax")
+    imports = statistics.median(seconds("import diffusion_jax") for _ in range(5))
+    print(json.dumps({"measurement": "python -c 'import diffusion_jax'", "seconds": round(imports, 2)}))
+    with tempfile.TemporaryDirectory() as cache:
+        cold = seconds(FIRST_STEP, JAX_COMPILATION_CACHE_DIR=cache)
+        warm = statistics.median(seconds(FIRST_STEP, JAX_COMPILATION_CACHE_DIR=cache) for _ in range(3))
+    line = {"measurement": "first training step, warm / cold cache", "ratio": round(warm / cold, 3)}
+    print(json.dumps(line | {"cold_seconds": round(cold, 1), "warm_seconds": round(warm, 1)}))
+
+
+if __name__ == "__main__":
+    main()
