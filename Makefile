@@ -20,11 +20,11 @@ PY = $(VENV)/bin/python
 READY = $(VENV)/ready
 endif
 
-.PHONY: help env train sample test test-long test-parity lint types docs bench lock clean
+.PHONY: help env train sample test test-long test-parity lint types bench lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
-	@echo "targets: train sample test test-long test-parity lint types docs bench lock clean"
+	@echo "targets: train sample test test-long test-parity lint types bench lock clean"
 
 env: $(READY)
 
@@ -64,10 +64,6 @@ lint: $(READY)
 
 types: $(READY)
 	$(PY) -m pyright
-
-# The README's code, as a notebook; run for real by the tests.
-docs: $(READY)
-	$(PY) -m jupytext --to ipynb --output runs/quickstart.ipynb notebooks/quickstart.md
 
 bench: $(VENV)-parity/ready
 	@for script in benchmarks/*.py; do $(VENV)-parity/bin/python $$script || exit 1; done

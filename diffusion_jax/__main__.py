@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,6 @@ def sample_options(
     steps: Count | None = None,
     guidance: float | None = None,
     label: Natural | None = None,
-    batch: Count = 256,
     format: Literal["png", "npz", "grid"] = "png",
     checkpoint: str = "newest",
     out: str = "",
@@ -58,7 +58,6 @@ def sample_options(
         steps: another number of sampling steps than the experiment's.
         guidance: another scale of classifier-free guidance than the experiment's.
         label: draw this class only; by default all classes in turn.
-        batch: pictures drawn at a time.
         format: png writes each picture and a grid, npz one file of arrays and a grid, grid the grid alone.
         checkpoint: newest, best, or a step.
         out: folder to write to; by default inside the run.
@@ -105,14 +104,22 @@ def sample(name: str, words: list[str]) -> None:
     options = resolve(sample_options, split_arguments(words), "sample")
     function = find_experiment(name)
     folder = find_run(Path(options["runs"]) / Path(name).stem, options["run"])
-    record = json.loads((folder / "experiment.json").read_text())
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in record["arguments"].items()}
     _set_up_jax()
-    experiment = function(**arguments)
+    experiment = function(**_recorded_arguments(function, name, folder))
 
     from diffusion_jax.training.draw import draw_to_folder
 
     print(draw_to_folder(experiment, folder, options))
+
+
+def _recorded_arguments(function: Callable[..., Any], name: str, folder: Path) -> dict[str, Any]:
+    from diffusion_jax.training.records import read_record
+
+    arguments = read_record(folder / "experiment.json").get("arguments", {})
+    gone = sorted(set(arguments) - set(inspect.signature(function).parameters))
+    if gone:
+        raise InputError(f"the run {folder} was made with the argument {gone[0]!r}, which {name} no longer has")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
 
 
 def run_name(given: Mapping[str, str]) -> str:
@@ -147,6 +154,11 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]
 
 def main(words: list[str]) -> int:
     """Run a command; bad input is one line on the error stream and a non-zero exit status."""
+    with _sigterm_as_interrupt():
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     try:
         if not words or words[0] not in COMMANDS:
             hint = closest(words[0], COMMANDS) if words else ""
@@ -159,8 +171,9 @@ def main(words: list[str]) -> int:
             _help(words[0], words[1])
         else:
             command(words[1], rest)
-    except KeyboardInterrupt:
-        return _fail("stopped at once; the last complete checkpoint stays", 130)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        return _fail("stopped at once; what was complete stays, the same command goes on from there", 128 + number)
     except (InputError, OSError, RuntimeError) as error:
         if os.environ.get("DIFFUSION_JAX_TRACEBACK"):
             raise
@@ -175,14 +188,35 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, RunError):
         return str(error), getattr(error, "code", 1)
+    text = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError):
-        return f"{error} (the last complete checkpoint stays; free space or fix the folder, then the same command)", 1
+        return f"{text}; what was complete stays: free space or mend the folder, then give the same command again", 1
+    if "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory: try accumulate=, a smaller batch or a smaller network ({text[:160]})", 1
     raise error
 
 
 def _fail(message: str, code: int) -> int:
     print(f"error: {message}" if code < 128 else message, file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM leaves as cleanly as Ctrl-C does, also while there is nothing to save yet."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # Only the main thread may listen to signals.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _help(command: str, name: str) -> None:
@@ -194,7 +228,7 @@ def _help(command: str, name: str) -> None:
 
 
 def _set_up_jax() -> None:
-    """Compiled programs are kept between runs, and several hosts find each other where they are told to."""
+    """Compiled programs are kept between runs."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

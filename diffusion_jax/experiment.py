@@ -68,7 +68,8 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in ("sample_steps", "steps", "batch", "accumulate", "dispatch", "log_every", "keep"):
             check_at_least(1, **{name: getattr(self, name)})
-        check_at_least(0, sample_every=self.sample_every, checkpoint_every=self.checkpoint_every, seed=self.seed)
+        check_at_least(0, sample_every=self.sample_every, checkpoint_every=self.checkpoint_every)
+        check_seed(self.seed)
         if self.batch % self.accumulate:
             raise InputError(f"batch={self.batch} does not divide into accumulate={self.accumulate} parts")
         if not 0 <= self.drop <= 1:
@@ -80,6 +81,12 @@ def check_at_least(low: float, **values: float) -> None:
     for name, value in values.items():
         if not value >= low:
             raise InputError(f"{name}={value} is not possible: it must be at least {low}")
+
+
+def check_seed(seed: int) -> None:
+    """InputError unless `jax.random.key` tells the seed apart from all others: 0 to 2**32 - 1."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed} is not possible: it must be between 0 and {2**32 - 1}")
 
 
 def find_experiment(name: str) -> Callable[..., Experiment]:

@@ -204,7 +204,7 @@ def test_bfloat16_is_close(case):
     assert 0 < np.sqrt(np.mean((half - full) ** 2)) < 0.03 * np.std(full)
 
 
-@pytest.mark.parametrize("net", [U(attention=()), M(blocks=1)], ids=["unet", "mlp"])
+@pytest.mark.parametrize("net", [U(multipliers=(1,), attention=()), M(blocks=1)], ids=["unet", "mlp"])
 def test_gradients_reach_every_parameter(net):
     params = noised(net.init(jax.random.key(0)))
     x = jax.random.normal(jax.random.key(1), (BATCH, 8, 8, 2) if "conv_in" in params else (BATCH, 2))

@@ -9,6 +9,7 @@ previous step if one cannot be read.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,22 +75,24 @@ def restore(
     """The newest readable checkpoint, or that of `step`: (state, meta), or None if there is none at all.
 
     like: a tree of `ShapeDtypeStruct` with shardings, which may be of another mesh than the one that saved. A
-    checkpoint that is truncated or fails its digest is reported, set aside (unless `read_only`), and the previous one
-    is taken. InputError if none can be read, or if a parameter has another shape than in `like`; it is named.
+    checkpoint that is truncated or fails its digest is reported, and the previous one is taken; then those that could
+    not be read are set aside (unless `read_only`), to make room for the steps that will be made again. InputError if
+    none can be read, or if a parameter has another shape than in `like`; it is named.
     """
     steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
-    for candidate in steps:
+    for i, candidate in enumerate(steps):
         try:
-            return _restore_one(manager, candidate, like)
+            restored = _restore_one(manager, candidate, like)
         except InputError:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            report(
-                f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}); going back to the one before"
-            )
-            if not read_only:
-                _set_aside(manager, candidate)
+            before = f"; going back to checkpoint {steps[i + 1]}" if i + 1 < len(steps) else ""
+            report(f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}){before}")
+            continue
+        if not read_only:
+            _set_aside(manager, steps[:i])
+        return restored
     if steps:
         raise InputError(f"no checkpoint in {manager.directory} can be read: remove the folder to start again")
     return None
@@ -120,15 +123,13 @@ def _check_shapes(saved: dict, wanted: dict, where: str) -> None:
             )
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
-    folder = Path(str(manager.directory)) / str(step)
-    aside = folder.with_name(f"unreadable-{step}")
-    for n in range(1000):
-        if not aside.exists():
-            break
-        aside = folder.with_name(f"unreadable-{step}-{n}")
-    folder.rename(aside)
-    manager.reload()
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    for step in steps:
+        folder = Path(str(manager.directory)) / str(step)
+        names = (f"unreadable-{step}" + "'" * n for n in itertools.count())
+        folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
+    if steps:
+        manager.reload()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion_jax import samplers
-from diffusion_jax.experiment import Experiment, check_at_least
+from diffusion_jax.experiment import Experiment, check_at_least, check_seed
 from diffusion_jax.training import checkpoint
-from diffusion_jax.training.generate import make_draw, make_pictures
+from diffusion_jax.training.generate import at_a_time, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
 from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
 from diffusion_jax.training.state import init_state
@@ -38,18 +37,17 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
 
     InputError for a run without checkpoints, or options that do not fit the experiment.
     """
-    check_at_least(1, n=options["n"], batch=options["batch"])
-    check_at_least(0, seed=options["seed"])
+    check_at_least(1, n=options["n"])
+    check_seed(options["seed"])
     labels = _labels(experiment, options)
-    try:
-        draw = make_draw(experiment, sampler=_sampler(experiment, options), **_set(options, "steps", "guidance"))
-    except ValueError as error:
-        raise InputError(f"steps={options['steps']}: {error}") from None
+    draw = make_draw(
+        experiment, sampler=_sampler(experiment, options), steps=options["steps"], guidance=options["guidance"]
+    )
     mesh = make_mesh(options["devices"])
     params, step = load_averaged(experiment, folder, options["checkpoint"])
     out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}"
     out.mkdir(parents=True, exist_ok=True)
-    pictures = make_pictures(draw, mesh, min(options["n"], options["batch"]))
+    pictures = make_pictures(draw, mesh, at_a_time(experiment))
     parts = pictures(params, options["n"], options["seed"], labels)
     return _write(parts, out, options, labels)
 
@@ -61,11 +59,11 @@ def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -
         steps = manager.all_steps()
         if which not in ("newest", "best") and which not in map(str, steps):
             raise InputError(f"checkpoint={which}: there are newest, best, {', '.join(map(str, sorted(steps)))}")
-        step = {"newest": None, "best": manager.best_step()}.get(which) if not which.isdigit() else int(which)
+        step = int(which) if which.isdigit() else manager.best_step() if which == "best" else None
         init = partial(init_state, jax.random.key(0), experiment.net, experiment.optimizer)
         whole = replicated(make_mesh(1))
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(init))
-        restored = checkpoint.restore(manager, like, lambda m: print(m, file=sys.stderr), step, read_only=True)
+        restored = checkpoint.restore(manager, like, tqdm.write, step, read_only=True)
     finally:
         manager.close()
     if restored is None:
@@ -89,10 +87,6 @@ def _sampler(experiment: Experiment, options: Mapping[str, Any]) -> Sampler | No
     if name == "ancestral" and not experiment.learned_variance:
         raise InputError("sampler=ancestral needs a network with a learned variance; use ddpm or ddpm_large")
     return None if name == "default" else SAMPLERS[name](experiment.schedule)
-
-
-def _set(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: options[name] for name in names if options[name] is not None}
 
 
 def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray | None) -> str:

@@ -17,12 +17,12 @@ from diffusion_jax.ops import fold
 from diffusion_jax.samplers import sample
 from diffusion_jax.training.data import to_uint8
 from diffusion_jax.training.mesh import replicated, split_axis
-from diffusion_jax.typing import Array, Params, Sampler
+from diffusion_jax.typing import Array, InputError, Params, Sampler
 
 Draw = Callable[[Params, Array, Array | None], Array]
 """(params, keys: [b], labels: i32[b] or None) -> f32[b,h,w,c]."""
 Pictures = Callable[..., Iterator[np.ndarray]]
-"""(params, n, seed, labels: [n] or None) -> n pictures, u8[<= batch, h, w, c] at a time."""
+"""(params, n, seed, labels: [n] or None) -> n pictures, u8[k, h, w, c] at a time."""
 
 
 def make_draw(
@@ -36,9 +36,13 @@ def make_draw(
     """(params, keys: [b], labels: i32[b] or None) -> f32[b,h,w,c] in about [-1, 1], to be jitted by the caller.
 
     Picture i is a function of key i and label i alone; without labels, of the unconditional model. What is not given
-    is the experiment's. With `trajectory`, f32[steps + 1, b, h, w, c].
+    is the experiment's. With `trajectory`, f32[steps + 1, b, h, w, c]. InputError for steps that its grid cannot have.
     """
-    times = experiment.times(experiment.sample_steps if steps is None else steps)
+    n = experiment.sample_steps if steps is None else steps
+    try:
+        times = experiment.times(n)
+    except ValueError as error:
+        raise InputError(f"{n} sampling steps are not possible here: {error}") from None
     scale = experiment.guidance if guidance is None else guidance
     chosen = experiment.sampler if sampler is None else sampler
 
@@ -64,14 +68,20 @@ def example_keys(seed: int, start: int, count: int) -> Array:
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(start, start + count))
 
 
-def make_pictures(draw: Draw, mesh: Mesh, batch: int) -> Pictures:
-    """Pictures of any number in batches of one compiled program over the devices of a mesh.
+def at_a_time(experiment: Experiment) -> int:
+    """Pictures a device draws at a time: enough to keep it busy, not more than fit in training."""
+    many = 8 if jax.devices()[0].platform == "cpu" else 64
+    return min(many, experiment.batch // experiment.accumulate)
 
-    The last batch is filled up and cut, and the batch is rounded up to a multiple of the devices, neither of which
-    changes any picture.
+
+def make_pictures(draw: Draw, mesh: Mesh, batch: int) -> Pictures:
+    """Pictures of any number, `batch` at a time on each device of a mesh, by one compiled program.
+
+    Picture i is made in place i mod `batch` of a batch that is always full, so that neither n nor the number of
+    devices changes one bit of it. Another `batch` may: compilers add in another order for another shape.
     """
-    rows, devices = split_axis(mesh), mesh.shape["data"]
-    batch = -(-batch // devices) * devices
+    rows = split_axis(mesh)
+    batch *= mesh.shape["data"]
     program = jax.jit(lambda params, keys, labels: to_uint8(draw(params, keys, labels)), out_shardings=rows)
 
     def pictures(params: Params, n: int, seed: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:

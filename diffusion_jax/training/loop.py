@@ -1,4 +1,4 @@
-"""The training loop: the only file of the package that writes, prints and listens to signals.
+"""The training loop, which holds the side effects of training: files, the progress bar, signals.
 
 runs/NAME/RUN/experiment.json     the resolved arguments, versions, commit
               metrics.jsonl       one line every `log_every` steps; the last line of a finished run is its result
@@ -11,11 +11,10 @@ runs/NAME/RUN/experiment.json     the resolved arguments, versions, commit
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +25,20 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.experiment import Experiment
-from diffusion_jax.training import checkpoint
+from diffusion_jax.training import checkpoint, records
 from diffusion_jax.training.data import Data, Feed, feed, size, take, to_uint8
-from diffusion_jax.training.generate import Pictures, example_keys, make_draw, make_pictures
+from diffusion_jax.training.generate import Pictures, at_a_time, example_keys, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
 from diffusion_jax.training.pictures import fitting_scale, grid, save_animation, save_picture
+from diffusion_jax.training.records import Meter
 from diffusion_jax.training.state import TrainState, init_state
 from diffusion_jax.training.step import LossFn, make_dispatch, make_loss_fn, make_train_step
-from diffusion_jax.typing import InputError
+from diffusion_jax.typing import InputError, Params
 
-HELD_OUT = 512
-"""Examples of the held-out split on which checkpoints are compared."""
+JUDGED = 512
+"""About so many examples on which checkpoints are compared."""
+Pending = tuple[int, int, Mapping[str, jax.Array]]
+"""The metrics of a dispatch, still on the device: (the step it ended at, its number of steps, f32[k] each)."""
 
 
 class RunError(RuntimeError):
@@ -58,11 +60,15 @@ class _Run(NamedTuple):
     folder: Path
     record: dict
     mesh: Mesh
-    data: Data
     manager: Any
     feed: Feed
-    held_out: Any
+    judge: Callable[[Params], float]
+    judged: str
     pictures: Pictures
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
 
 
 def fit(
@@ -75,28 +81,34 @@ def fit(
     compilation; RunError for a loss that is not finite; Interrupted after Ctrl-C or SIGTERM; OSError for a full disk.
     """
     mesh = make_mesh(devices, experiment.batch // experiment.accumulate)
+    draw = make_draw(experiment)
     _prepare_folder(folder)
     data = experiment.data()
     _check_data(experiment, data)
-    stream = feed(data.train, experiment.batch, experiment.seed)
-    manager = checkpoint.open_checkpoints(folder / "checkpoints", experiment.keep)
-    held_out = _held_out_loss(experiment, data, mesh)
-    pictures = make_pictures(make_draw(experiment), mesh, _grid_labels(experiment)[0])
-    run = _Run(experiment, folder, record, mesh, data, manager, stream, held_out, pictures)
+    run = _Run(
+        experiment,
+        folder,
+        record,
+        mesh,
+        checkpoint.open_checkpoints(folder / "checkpoints", experiment.keep),
+        feed(data.train, experiment.batch, experiment.seed),
+        _make_judge(experiment, data, mesh),
+        "ema_loss" if data.test is None else "heldout_loss",
+        make_pictures(draw, mesh, at_a_time(experiment)),
+    )
     try:
         state, shardings = _start(run, split)
-        finished = _finished(folder, experiment.steps)
+        finished = records.result(run.metrics, experiment.steps)
         if finished is not None and int(state.step) >= experiment.steps:
             _say(f"already finished at step {int(state.step)}: {folder}; give run=NAME for another, or remove it")
             return finished
-        _write_json(folder / "experiment.json", record)
-        _keep_metrics_until(folder, int(state.step))
-        state = _train(run, state, shardings)
-        return _finish(run, state)
+        records.write_record(folder / "experiment.json", record)
+        records.keep_lines_until(run.metrics, int(state.step))
+        return _finish(run, _train(run, state, shardings))
     finally:
-        stream.close()
+        run.feed.close()
         with contextlib.suppress(Exception):  # What could not be written has been raised before.
-            manager.close()
+            run.manager.close()
 
 
 def _start(run: _Run, split: bool) -> tuple[TrainState, Any]:
@@ -113,49 +125,43 @@ def _start(run: _Run, split: bool) -> tuple[TrainState, Any]:
         return jax.jit(init, out_shardings=shardings)(), shardings
     state, meta = restored
     run.feed.set_state(meta["position"])
-    _say(f"going on from step {int(state.step)} of {run.folder}")
+    changed = records.changed_arguments(run.folder / "experiment.json", run.record)
+    _say(
+        f"going on from step {int(state.step)} of {run.folder}"
+        + (f", with other arguments than before ({', '.join(changed)})" if changed else "")
+    )
     return state, shardings
 
 
 def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
-    experiment, start = run.experiment, int(state.step)
-    dispatch = _compiled_dispatch(run, shardings)
-    resident = None
-    if run.feed.resident is not None:
-        resident = jax.device_put(dict(run.feed.resident), replicated(run.mesh))
-    rows = split_axis(run.mesh, 1)
-    step, pending, log = start, None, _Log(run, start)
-    last_saved = start if start else -1
-    with _signals() as asked, _bar(experiment, start) as bar:
+    experiment, step = run.experiment, int(state.step)
+    dispatch, place = _compiled_dispatch(run, shardings), split_axis(run.mesh, 1)
+    resident = run.feed.resident
+    if resident is not None:
+        resident = jax.device_put(dict(resident), replicated(run.mesh))
+    pending, meter, saved = None, Meter(), step or None
+    with _signals() as asked, _bar(experiment, step) as bar:
         while step < experiment.steps and not asked:
             n = _until_next_stop(experiment, step)
-            batches = jax.device_put(_padded(run.feed.next(n), experiment.dispatch), rows)
+            batches = jax.device_put(_padded(run.feed.next(n), experiment.dispatch), place)
             state, metrics = dispatch(state, resident, batches, np.int32(n))
             step += n
             # The metrics of one dispatch are fetched while the next one runs, so that the device never waits.
-            if pending is not None:
-                log.add(*pending, bar)
-            pending = (step, n, metrics)
-            if _due(experiment.checkpoint_every, step) and step < experiment.steps:
-                log.add(*pending, bar)
-                pending = None
-                _save(run, state, log)
-                last_saved = step
-            if _due(experiment.sample_every, step) and step < experiment.steps:
-                _sample_grid(run, state, f"samples/step_{step:07d}.png")
-                log.restart_clock()
-        if pending is not None:
-            log.add(*pending, bar)
-        if step != last_saved:
-            _save(run, state, log)
+            meter, pending = _log(run, bar, meter, pending), (step, n, metrics)
+            if step < experiment.steps and _pauses(experiment, step):
+                meter, pending = _log(run, bar, meter, pending), None
+                if _due(experiment.checkpoint_every, step):
+                    _save(run, state)
+                    saved = step
+                if _due(experiment.sample_every, step):
+                    _sample_grid(run, state, f"samples/step_{step:07d}.png")
+                meter = records.restarted(meter)
+        records.write_meter(run.metrics, step, _log(run, bar, meter, pending))
+        if step != saved:
+            _save(run, state)
         checkpoint.wait(run.manager)
-    if asked and step < experiment.steps:
-        name = signal.Signals(asked[0]).name
-        raise Interrupted(
-            f"stopped by {name} at step {step} of {experiment.steps}, all saved in {run.folder}; "
-            "to go on, give the same command again",
-            128 + asked[0],
-        )
+        if asked:
+            raise _interrupted(run, asked[0], step)
     return state
 
 
@@ -183,29 +189,46 @@ def _loss_fn(experiment: Experiment, train: bool = True) -> LossFn:
     )
 
 
-def _held_out_loss(experiment: Experiment, data: Data, mesh: Mesh) -> Any:
-    """A function of the averaged parameters: the loss on held-out examples with the same noise each time, or None."""
-    if data.test is None:
-        return None
-    count = min(HELD_OUT, size(data.test)) // mesh.shape["data"] * mesh.shape["data"]
-    if count == 0:
-        return None
-    order = np.random.default_rng(0).permutation(size(data.test))[:count]
-    batch = jax.device_put(take(data.test, order), split_axis(mesh))
+def _make_judge(experiment: Experiment, data: Data, mesh: Mesh) -> Callable[[Params], float]:
+    """The loss of given parameters on always the same examples, held-out ones if there are, with the same noise."""
+    source = data.train if data.test is None else data.test
+    batch, n = experiment.batch // experiment.accumulate, size(source)
+    parts = max(1, min(JUDGED, n) // batch)
+    chosen = np.resize(np.random.default_rng(0).permutation(n), (parts, batch))
+    batches = [jax.device_put(take(source, rows), split_axis(mesh)) for rows in chosen]
     program = jax.jit(_loss_fn(experiment, train=False))
-    return lambda params: float(program(params, batch, jax.random.key(0)))
+
+    def judge(params: Params) -> float:
+        return float(np.mean([program(params, b, jax.random.key(i)) for i, b in enumerate(batches)]))
+
+    return judge
 
 
-def _save(run: _Run, state: TrainState, log: _Log) -> None:
-    if run.held_out is None:
-        metric = log.latest_loss
-    else:
-        metric = run.held_out(state.ema)
-        log.write({"step": int(state.step), "heldout_loss": metric})
-    if not np.isfinite(metric):
-        raise _not_finite("held-out loss", metric, int(state.step), run.manager.latest_step())
+def _log(run: _Run, bar: Any, meter: Meter, pending: Pending | None) -> Meter:
+    """Wait for the metrics of a dispatch, check them, show them, and write them when a line is due."""
+    if pending is None:
+        return meter
+    step, n, metrics = pending
+    losses, norms = (np.asarray(metrics[name])[:n] for name in ("loss", "grad_norm"))
+    for i in range(n):
+        for name, value in (("loss", losses[i]), ("gradient norm", norms[i])):
+            if not np.isfinite(value):
+                raise _not_finite(run, name, value, step - n + 1 + i)
+    meter = records.measured(meter, losses, norms, n * run.experiment.batch)
+    bar.set_description_str("training", refresh=False)
+    bar.set_postfix_str(f"loss {np.mean(meter.losses[-100:]):.4f}, {meter.speed:,.0f} images/s", refresh=False)
+    bar.update(n)
+    return records.write_meter(run.metrics, step, meter) if _due(run.experiment.log_every, step) else meter
+
+
+def _save(run: _Run, state: TrainState) -> None:
+    """Begin to save, unless the parameters have gone bad since the last loss was computed."""
+    step, metric = int(state.step), run.judge(state.ema)
+    for name, value in ((run.judged, metric), ("loss of the newest parameters", run.judge(state.params))):
+        if not np.isfinite(value):
+            raise _not_finite(run, name, value, step)
+    records.write_line(run.metrics, {"step": step, run.judged: metric})
     checkpoint.save(run.manager, state, run.feed.get_state(), run.record, metric)
-    log.restart_clock()
 
 
 def _finish(run: _Run, state: TrainState) -> dict[str, float]:
@@ -213,15 +236,14 @@ def _finish(run: _Run, state: TrainState) -> dict[str, float]:
     _say("drawing samples …")
     _sample_grid(run, state, "samples.png")
     _animate(run, state)
-    result: dict[str, float] = {}
+    line: dict[str, Any] = {"step": int(state.step), "finished": True}
     if run.experiment.evaluate is not None:
 
         def draw(labels: np.ndarray, seed: int) -> np.ndarray:
             return np.concatenate(list(run.pictures(state.ema, len(labels), seed, labels)))
 
-        result = dict(run.experiment.evaluate(draw))
-    line = {"step": int(state.step), "finished": True, **result}
-    _append(run.folder / "metrics.jsonl", line)
+        line |= run.experiment.evaluate(draw)
+    records.write_line(run.metrics, line)
     return line
 
 
@@ -230,7 +252,7 @@ def _grid_labels(experiment: Experiment) -> tuple[int, int, np.ndarray | None]:
     if experiment.null is None:
         return 64, 8, None
     columns = min(10, experiment.null)
-    return columns * 8, columns, np.arange(columns * 8) % columns
+    return columns * 8, columns, np.arange(columns * 8, dtype=np.int32) % columns
 
 
 def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
@@ -242,10 +264,9 @@ def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
 
 
 def _animate(run: _Run, state: TrainState) -> None:
-    columns = _grid_labels(run.experiment)[1]
-    labels = None if run.experiment.null is None else np.arange(columns * 4, dtype=np.int32) % columns
+    _, columns, labels = _grid_labels(run.experiment)
     draw = jax.jit(make_draw(run.experiment, trajectory=True))
-    path = draw(state.ema, example_keys(0, 0, columns * 4), labels)
+    path = draw(state.ema, example_keys(0, 0, columns * 4), None if labels is None else labels[: columns * 4])
     # Noise of any level is shown at the contrast of the data.
     frames = np.asarray(jax.jit(jax.vmap(lambda x: to_uint8(x / jnp.maximum(1.0, 1.2 * jnp.std(x)))))(path))
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, 40).astype(int))]
@@ -253,61 +274,24 @@ def _animate(run: _Run, state: TrainState) -> None:
     save_animation(run.folder / "denoising.gif", [grid(frame, columns, scale) for frame in chosen])
 
 
-class _Log:
-    """Metrics on their way from the device to the progress bar and metrics.jsonl."""
-
-    def __init__(self, run: _Run, step: int) -> None:
-        self._run, self._losses, self._norms = run, [], []
-        self._clock, self._images = time.perf_counter(), 0
-        self._warm = False
-        self.latest_loss = float("nan")
-
-    def add(self, step: int, n: int, metrics: Mapping[str, jax.Array], bar: Any) -> None:
-        """Wait for the metrics of the n steps that end with `step`, check them, and show them."""
-        losses, norms = (np.asarray(metrics[name])[:n] for name in ("loss", "grad_norm"))
-        for i in range(n):
-            for name, value in (("loss", losses[i]), ("gradient norm", norms[i])):
-                if not np.isfinite(value):
-                    raise _not_finite(name, value, step - n + 1 + i, self._run.manager.latest_step())
-        if not self._warm:
-            # The first dispatch holds the compilation, which is not the speed of training.
-            self._warm = True
-            self.restart_clock()
-        else:
-            self._images += n * self._run.experiment.batch
-        self._losses += losses.tolist()
-        self._norms += norms.tolist()
-        self.latest_loss = float(np.mean(self._losses[-100:]))
-        bar.update(n)
-        bar.set_postfix_str(f"loss {self.latest_loss:.4f}, {self._speed():,.0f} images/s", refresh=False)
-        if _due(self._run.experiment.log_every, step) or step == self._run.experiment.steps:
-            self._flush(step)
-
-    def restart_clock(self) -> None:
-        """Leave what came before, such as compiling or sampling, out of the speed."""
-        self._clock, self._images = time.perf_counter(), 0
-
-    def write(self, line: dict) -> None:
-        """Append one line to metrics.jsonl."""
-        _append(self._run.folder / "metrics.jsonl", line)
-
-    def _speed(self) -> float:
-        return self._images / max(time.perf_counter() - self._clock, 1e-9)
-
-    def _flush(self, step: int) -> None:
-        line = {"step": step, "loss": float(np.mean(self._losses)), "grad_norm": float(np.mean(self._norms))}
-        if self._images:
-            line["images_per_second"] = round(self._speed(), 1)
-        self.write(line)
-        self._losses, self._norms = [], []
-        self.restart_clock()
-
-
-def _not_finite(name: str, value: float, step: int, saved: int | None) -> RunError:
-    kept = "no checkpoint had been saved" if saved is None else f"the last good checkpoint is step {saved}"
+def _not_finite(run: _Run, name: str, value: float, step: int) -> RunError:
+    saved = run.manager.latest_step()
+    kept = "no checkpoint had been saved"
+    if saved is not None:
+        kept = (
+            f"the last good checkpoint is step {saved}; to go on from it with other arguments add run={run.folder.name}"
+        )
     return RunError(
         f"the {name} is {value} at step {step}; {kept}. Try a lower learning rate, a longer warm-up, "
         "stronger gradient clipping, or float32 instead of bfloat16"
+    )
+
+
+def _interrupted(run: _Run, number: int, step: int) -> Interrupted:
+    return Interrupted(
+        f"stopped by {signal.Signals(number).name} at step {step} of {run.experiment.steps}, all saved in {run.folder}; "
+        "to go on, give the same command again",
+        128 + number,
     )
 
 
@@ -318,6 +302,10 @@ def _until_next_stop(experiment: Experiment, step: int) -> int:
         if every:
             stops.append((step // every + 1) * every)
     return min(experiment.dispatch, min(stops) - step)
+
+
+def _pauses(experiment: Experiment, step: int) -> bool:
+    return _due(experiment.checkpoint_every, step) or _due(experiment.sample_every, step)
 
 
 def _due(every: int, step: int) -> bool:
@@ -348,44 +336,10 @@ def _prepare_folder(folder: Path) -> None:
         raise InputError(f"cannot write in the run folder {folder}: {error.strerror}") from None
 
 
-def _finished(folder: Path, steps: int) -> dict | None:
-    lines = _read_metrics(folder)
-    return lines[-1] if lines and lines[-1].get("finished") and lines[-1]["step"] >= steps else None
-
-
-def _keep_metrics_until(folder: Path, step: int) -> None:
-    """Drop what a killed run had logged after its last checkpoint: those steps are made again."""
-    lines = [line for line in _read_metrics(folder) if line["step"] <= step and not line.get("finished")]
-    path = folder / "metrics.jsonl"
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part.replace(path)
-
-
-def _read_metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # A killed run may leave half a line.
-            lines.append(json.loads(text))
-    return lines
-
-
-def _append(path: Path, line: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
-
-
 def _bar(experiment: Experiment, start: int) -> Any:
     pause = 0.2 if sys.stderr.isatty() else 10
     total = experiment.steps
-    return tqdm(total=total, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=pause)
+    return tqdm(total=total, initial=start, desc="compiling", unit="step", dynamic_ncols=True, mininterval=pause)
 
 
 def _say(message: str) -> None:
@@ -399,9 +353,11 @@ def _signals() -> Iterator[list[int]]:
 
     def ask(number: int, frame: Any) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         asked.append(number)
-        _say(f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
+        # Not through Python's buffered stream, which may be in the middle of a write.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
