@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import optax
 
 from diffusion_jax.arguments import closest
@@ -63,7 +63,7 @@ class Experiment:
     sample_every: int = 1000
     checkpoint_every: int = 1000
     keep: int = 2
-    evaluate: Callable[[Callable[[Array, int], Any]], Mapping[str, float]] | None = None
+    evaluate: Callable[[Callable[[np.ndarray, int], np.ndarray]], Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("sample_steps", "steps", "batch", "accumulate", "dispatch", "log_every", "keep"):

@@ -105,8 +105,11 @@ def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray
     save_picture(out / "grid.png", grid(np.stack(shown), columns, fitting_scale(shown[0].shape[1], columns)))
     (out / "settings.json").write_text(json.dumps(dict(options), indent=2) + "\n")
     if options["format"] == "npz":
-        arrays = {"images": np.concatenate(kept)} | ({} if labels is None else {"labels": labels})
-        np.savez(out / "images.npz", **arrays)
+        images = np.concatenate(kept)
+        if labels is None:
+            np.savez(out / "images.npz", images=images)
+        else:
+            np.savez(out / "images.npz", images=images, labels=labels)
     return (
         f"{n} pictures in {out}: grid.png"
         + {"png": ", 000000.png …", "npz": ", images.npz", "grid": ""}[options["format"]]

@@ -275,12 +275,9 @@ def _animate(run: _Run, state: TrainState) -> None:
 
 
 def _not_finite(run: _Run, name: str, value: float, step: int) -> RunError:
-    saved = run.manager.latest_step()
-    kept = "no checkpoint had been saved"
+    saved, kept = run.manager.latest_step(), "no checkpoint had been saved"
     if saved is not None:
-        kept = (
-            f"the last good checkpoint is step {saved}; to go on from it with other arguments add run={run.folder.name}"
-        )
+        kept = f"the last good checkpoint is step {saved}, where run={run.folder.name} with other arguments goes on"
     return RunError(
         f"the {name} is {value} at step {step}; {kept}. Try a lower learning rate, a longer warm-up, "
         "stronger gradient clipping, or float32 instead of bfloat16"
@@ -289,8 +286,8 @@ def _not_finite(run: _Run, name: str, value: float, step: int) -> RunError:
 
 def _interrupted(run: _Run, number: int, step: int) -> Interrupted:
     return Interrupted(
-        f"stopped by {signal.Signals(number).name} at step {step} of {run.experiment.steps}, all saved in {run.folder}; "
-        "to go on, give the same command again",
+        f"stopped by {signal.Signals(number).name} at step {step} of {run.experiment.steps}, all saved in "
+        f"{run.folder}; to go on, give the same command again",
         128 + number,
     )
 
