@@ -54,7 +54,7 @@ test-parity: $(VENV)-parity/ready
 
 $(VENV)-parity/ready: $(LOCK) requirements/parity.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-parity
-	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/parity.txt
+	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOCK) -r requirements/parity.txt
 	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -73,8 +73,6 @@ lock: $(READY)
 	$(PY) -m pip install --quiet uv
 	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy fewest \
 		--extra test --extra dev --no-emit-index-url --no-header --upgrade -o $(LOCK)
-	$(PY) -m uv pip compile requirements/parity.in --quiet --universal --python-version 3.11 --fork-strategy fewest \
-		-c $(LOCK) --no-emit-index-url --no-header --upgrade -o requirements/parity.txt
 
 clean:
 	rm -rf $(VENV) $(VENV)-parity

@@ -13,7 +13,7 @@ from oracles import CASES
 import diffusion_jax as dj
 from diffusion_jax.predictions import FROM, TO, lookup
 
-quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+quick = settings(max_examples=25, deadline=None, database=None, derandomize=True)
 
 
 @functools.cache

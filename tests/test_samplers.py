@@ -160,10 +160,8 @@ def test_ancestral_with_the_true_variance_is_exact_in_few_steps(problem):
 ORDERS = {"ddim_0": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
 RANGES = {
     "vp_linear": (dj.vp_linear(), 0.8, 0.1),
-    "cosine": (dj.cosine(), 0.9, 0.1),
     "rectified": (dj.rectified(), 0.95, 0.1),
     "edm": (dj.edm(), 3.0, 0.2),
-    "ve": (dj.ve(0.1, 10.0), 0.9, 0.2),
 }
 
 
@@ -299,11 +297,8 @@ def test_evaluations_are_counted():
 
     expected = {
         "heun": 2 * n - 1,
-        "churn_heun": 2 * n - 1,
         "ddim_0": n,
-        "euler": n,
         "dpmpp_2m": n,
-        "ddpm_small": n,
         "langevin": 10 * n,
         "langevin_ddim": 2 * n,
     }
@@ -369,22 +364,24 @@ def one_step(sampler, schedule, x, t, s, key=None):
     return jax.jit(lambda t, s: sampler.step(key, x, sampler.init(x), t, s, denoise)[0])(jnp.asarray(t), jnp.asarray(s))
 
 
-@pytest.mark.parametrize("problem", ["vp_linear", "cosine", "rectified"])
+@pytest.mark.parametrize("problem", ["vp_linear", "rectified"])
 def test_identities_of_one_step(problem, x64):
     """DDIM is Euler in the time sigma / alpha, and the first step of 2M, and DPM-Solver-1; ddpm is ddim(eta=1)."""
-    schedule, t, s = PROBLEMS[problem][0], 0.7, 0.45
-    x = jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
-    p, at, as_ = jax.jit(
-        lambda t, s: (oracles.denoiser(LAW, schedule)(x, jnp.broadcast_to(t, (2,))), schedule(t), schedule(s))
-    )(jnp.asarray(t), jnp.asarray(s))
-    (a_t, s_t), (a_s, s_s) = (tuple(map(float, c)) for c in (at, as_))
-    p, x = jax.tree.map(np.asarray, (p, x))
-    ddim = one_step(dj.ddim(schedule), schedule, x, t, s)
-    np.testing.assert_allclose(ddim, a_s * (x / a_t + (s_s / a_s - s_t / a_t) * p.eps), rtol=1e-10)
+    schedule = PROBLEMS[problem][0]
+    samplers = dj.ddim(schedule), dj.dpmpp_2m(schedule), dj.ddpm(schedule), dj.ddim(schedule, 1.0)
+    x, denoise = jnp.asarray([[0.3, -1.0], [1.1, 0.4]]), at_scalar_time(LAW, schedule)
+
+    @jax.jit
+    def compute(t, s):
+        steps = [f.step(jax.random.key(7), x, f.init(x), t, s, denoise)[0] for f in samplers]
+        return denoise(x, t).eps, schedule(t), schedule(s), steps
+
+    t, s = jnp.asarray(0.7), jnp.asarray(0.45)
+    eps, (a_t, s_t), (a_s, s_s), (ddim, first, small, one) = jax.tree.map(np.asarray, compute(t, s))
+    np.testing.assert_allclose(ddim, a_s * (np.asarray(x) / a_t + (s_s / a_s - s_t / a_t) * eps), rtol=1e-10)
     h = np.log(a_s / s_s) - np.log(a_t / s_t)
-    np.testing.assert_allclose(ddim, a_s / a_t * x - s_s * np.expm1(h) * p.eps, rtol=1e-10)
-    np.testing.assert_allclose(ddim, one_step(dj.dpmpp_2m(schedule), schedule, x, t, s), rtol=1e-14)
-    small, one = (one_step(f, schedule, x, t, s) for f in (dj.ddpm(schedule), dj.ddim(schedule, 1.0)))
+    np.testing.assert_allclose(ddim, a_s / a_t * np.asarray(x) - s_s * np.expm1(h) * eps, rtol=1e-10)
+    np.testing.assert_allclose(ddim, first, rtol=1e-14)
     np.testing.assert_allclose(small, one, rtol=1e-10)
     assert not np.allclose(small, ddim)
 
@@ -450,17 +447,20 @@ def test_churn_is_algorithm_2_of_edm(x64):
 @pytest.mark.parametrize("problem", ["vp_linear", "rectified", "cosine"])
 def test_churn_leaves_the_law_of_each_time(problem):
     """On a schedule whose time ends at 1, up to t_hat <= 1 and, with no move, the law of t_hat."""
-    schedule = PROBLEMS[problem][0]
-    seen = []
+    schedule, seen = PROBLEMS[problem][0], []
     spy = dj.Sampler(lambda x: (), lambda key, x, state, t, s, denoise: ((x, t), state))
+    churned = dj.churn(spy, schedule, 0.2, 0.0, 1.0, 1.0)
+    noise = jax.random.normal(jax.random.key(0), (20_000, 1))
+
+    @jax.jit
+    def compute(t):
+        (y, t_hat), _ = churned.step(jax.random.key(1), schedule(t).sigma * noise, (), t, t / 2, None)
+        return jnp.std(y), t_hat, schedule(t_hat).sigma
+
     for t in (0.5, 0.99, 1.0):
-        x = float(schedule(jnp.float32(t)).sigma) * jax.random.normal(jax.random.key(0), (20_000, 1))
-        (y, t_hat), _ = jax.jit(
-            lambda x, t: dj.churn(spy, schedule, 0.2, 0.0, 1.0, 1.0).step(jax.random.key(1), x, (), t, t / 2, None)
-        )(x, jnp.float32(t))
-        seen.append(float(t_hat))
-        sigma = float(schedule(t_hat).sigma)
-        assert float(jnp.std(y)) == pytest.approx(sigma, rel=4.5 / np.sqrt(40_000))
+        std, t_hat, sigma = map(float, compute(jnp.float32(t)))
+        assert std == pytest.approx(sigma, rel=4.5 / np.sqrt(40_000))
+        seen.append(t_hat)
     assert 0.5 < seen[0] < 1 and 0.99 <= seen[1] <= 1 and seen[2] == 1
 
 
@@ -511,7 +511,7 @@ def test_classifier_free_takes_any_tree_and_keeps_the_variance():
 
     cond = {"text": jnp.ones((2, 3, 4)), "label": jnp.asarray([1.0, 2.0])}
     null = {"text": jnp.zeros((3, 4)), "label": 0.0}
-    out = dj.classifier_free(model, null, 2.0)(jnp.zeros((2, 2)), jnp.full(2, 0.5), cond)
+    out = jax.jit(dj.classifier_free(model, null, 2.0))(jnp.zeros((2, 2)), jnp.full(2, 0.5), cond)
     np.testing.assert_allclose(out.eps, [[4.0, 4.0], [6.0, 6.0]])
     np.testing.assert_allclose(out.variance_fraction, [[1.0, 1.0], [2.0, 2.0]])
 

@@ -1,15 +1,19 @@
 """Checkpoints: train state, data position and experiment in one atomic step, through Orbax.
 
-A step's folder holds `state` (sharded arrays) and `meta` (JSON: the position of the data, the resolved experiment, the
-shape of every array and a digest of all bits). Saving is asynchronous; a folder appears under its final name only
-when it is complete, so that a killed run always finds whole ones. Restoring checks the digest, and goes back to the
-previous step if one cannot be read.
+A step's folder holds `state` (sharded arrays), `metrics` (JSON: what decides which is the best) and `meta` (JSON: the
+position of the data, the resolved experiment, the shape of every array, a digest of all bits of the state, and one of
+meta itself). Saving is asynchronous; a folder appears under its final name only when it is complete, so that a killed
+run always finds whole ones. Restoring checks the digests, and goes back to the previous step if one cannot be read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
 import itertools
+import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +27,19 @@ from diffusion_jax.training.state import TrainState, digest
 from diffusion_jax.typing import InputError
 
 METRIC = "metric"
+Report = Callable[[str], None]
 _digest = jax.jit(digest)
 
 
-def open_checkpoints(folder: Path, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a folder: the newest `keep` are kept, and the one whose metric is smallest."""
+def open_checkpoints(folder: Path, report: Report, keep: int = 2) -> ocp.CheckpointManager:
+    """The checkpoints of a folder: the newest `keep` are kept, and the one whose metric is smallest.
+
+    Those whose metric cannot be read are reported and set aside: Orbax could not open the folder.
+    """
+    damaged = [step for step, metric in metrics(folder).items() if metric is None]
+    for step in damaged:
+        report(f"checkpoint {step} in {folder} is damaged and set aside (its metrics cannot be read)")
+    _set_aside(folder, damaged)
 
     def metric(metrics: Any) -> float:
         return metrics[METRIC]
@@ -39,11 +51,25 @@ def open_checkpoints(folder: Path, keep: int = 2, read_only: bool = False) -> oc
         preservation_policy=policy,
         best_fn=metric,
         best_mode="min",
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        create=not read_only,
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def open_read_only(folder: Path) -> ocp.CheckpointManager:
+    """The checkpoints of a folder, to read from only: nothing in it is changed."""
+    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+
+def metrics(folder: Path) -> dict[int, float | None]:
+    """The metric of each step there is, None if it cannot be read."""
+    found: dict[int, float | None] = {}
+    for path in folder.glob("*/metrics/metrics"):
+        if path.parts[-3].isdigit():
+            found[int(path.parts[-3])] = None
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found[int(path.parts[-3])] = float(json.loads(path.read_text())[METRIC])
+    return found
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, position: dict, experiment: dict, metric: float) -> None:
@@ -54,6 +80,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, position: dict, expe
         "shapes": shapes(state),
         "digest": [int(word) for word in np.asarray(_digest(state))],
     }
+    meta["crc"] = _crc(meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     with _as_os_error():
         manager.save(int(state.step), args=items, metrics={METRIC: metric})
@@ -68,7 +95,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def restore(
     manager: ocp.CheckpointManager,
     like: TrainState,
-    report: Callable[[str], None],
+    report: Report,
     step: int | None = None,
     read_only: bool = False,
 ) -> tuple[TrainState, dict] | None:
@@ -90,8 +117,9 @@ def restore(
             before = f"; going back to checkpoint {steps[i + 1]}" if i + 1 < len(steps) else ""
             report(f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}){before}")
             continue
-        if not read_only:
-            _set_aside(manager, steps[:i])
+        if i and not read_only:
+            _set_aside(Path(str(manager.directory)), steps[:i])
+            manager.reload()
         return restored
     if steps:
         raise InputError(f"no checkpoint in {manager.directory} can be read: remove the folder to start again")
@@ -107,8 +135,11 @@ def shapes(state: TrainState) -> dict[str, list[int]]:
 
 def _restore_one(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict]:
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if _crc(meta) != meta["crc"]:
+        raise OSError("its meta does not match its checksum")
     _check_shapes(meta["shapes"], shapes(like), f"checkpoint {step} in {manager.directory}")
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+    with _quiet():
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
     if [int(word) for word in np.asarray(_digest(state))] != meta["digest"]:
         raise OSError("its contents do not match their digest")
     return state, meta
@@ -123,13 +154,31 @@ def _check_shapes(saved: dict, wanted: dict, where: str) -> None:
             )
 
 
-def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+def _set_aside(folder: Path, steps: list[int]) -> None:
     for step in steps:
-        folder = Path(str(manager.directory)) / str(step)
         names = (f"unreadable-{step}" + "'" * n for n in itertools.count())
-        folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
-    if steps:
-        manager.reload()
+        (folder / str(step)).rename(next(path for path in map(folder.joinpath, names) if not path.exists()))
+
+
+def _crc(meta: dict) -> int:
+    content = {key: value for key, value in meta.items() if key != "crc"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax leaves coroutines behind when it fails, which complain at length; the error itself is raised anyway."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except Exception as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+            failed = OSError(text)
+        else:
+            return
+        gc.collect()
+    raise failed
 
 
 @contextlib.contextmanager

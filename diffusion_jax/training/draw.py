@@ -54,12 +54,14 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
 
 def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -> tuple[Params, int]:
     """The averaged parameters of a run and their step; `which` is newest, best, or a step."""
-    manager = checkpoint.open_checkpoints(folder / "checkpoints", read_only=True)
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(f"no checkpoint in {folder}: train first")
+    manager = checkpoint.open_read_only(folder / "checkpoints")
     try:
         steps = manager.all_steps()
         if which not in ("newest", "best") and which not in map(str, steps):
             raise InputError(f"checkpoint={which}: there are newest, best, {', '.join(map(str, sorted(steps)))}")
-        step = int(which) if which.isdigit() else manager.best_step() if which == "best" else None
+        step = int(which) if which.isdigit() else _best(folder) if which == "best" else None
         init = partial(init_state, jax.random.key(0), experiment.net, experiment.optimizer)
         whole = replicated(make_mesh(1))
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(init))
@@ -69,6 +71,11 @@ def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -
     if restored is None:
         raise InputError(f"no checkpoint in {folder}: train first")
     return restored[0].ema, int(restored[0].step)
+
+
+def _best(folder: Path) -> int | None:
+    known = {step: m for step, m in checkpoint.metrics(folder / "checkpoints").items() if m is not None}
+    return min(known, key=lambda step: known[step], default=None)
 
 
 def _labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | None:

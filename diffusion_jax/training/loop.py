@@ -90,7 +90,7 @@ def fit(
         folder,
         record,
         mesh,
-        checkpoint.open_checkpoints(folder / "checkpoints", experiment.keep),
+        checkpoint.open_checkpoints(folder / "checkpoints", _say, experiment.keep),
         feed(data.train, experiment.batch, experiment.seed),
         _make_judge(experiment, data, mesh),
         "ema_loss" if data.test is None else "heldout_loss",
