@@ -1,4 +1,4 @@
-"""The README is true: its example runs as it stands, its commands exist, its Colab cells leave the runtime's jax alone."""
+"""The README is true: its example runs, its commands exist, its Colab cells leave the runtime's jax alone."""
 
 import re
 import subprocess

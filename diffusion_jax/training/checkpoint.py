@@ -13,6 +13,7 @@ import gc
 import io
 import itertools
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,7 +141,8 @@ def _restore_one(manager: ocp.CheckpointManager, step: int, like: TrainState) ->
     _check_shapes(meta["shapes"], shapes(like), f"checkpoint {step} in {manager.directory}")
     with _quiet():
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
-    if [int(word) for word in np.asarray(_digest(state))] != meta["digest"]:
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (state, like)]
+    if kinds[0] != kinds[1] or [int(word) for word in np.asarray(_digest(state))] != meta["digest"]:
         raise OSError("its contents do not match their digest")
     return state, meta
 
@@ -178,6 +180,7 @@ def _quiet() -> Iterator[None]:
         else:
             return
         gc.collect()
+        time.sleep(0.2)  # TensorStore's threads report to the closed event loop a little later.
     raise failed
 
 

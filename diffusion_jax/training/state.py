@@ -49,6 +49,8 @@ def digest(tree: Any) -> Array:
 def _leaf_digest(leaf: Array) -> Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
     size = leaf.dtype.itemsize
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
     words = jnp.ravel(jax.lax.bitcast_convert_type(leaf, unsigned)).astype(jnp.uint32)
