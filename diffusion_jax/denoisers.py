@@ -55,11 +55,10 @@ def edm_precondition(net: BoundNet, schedule: Schedule, sigma_data: float = 0.5)
     """A denoiser from a bound network F in EDM's preconditioning, eq. (1)."""
 
     def denoiser(x: Array, t: Array, cond: Cond = None) -> Prediction:
-        alpha, sigma_t = schedule(t)
-        sigma = sigma_t / alpha
-        norm = jnp.sqrt(sigma**2 + sigma_data**2)
-        out = net(bcast(1 / (alpha * norm), x) * x, jnp.log(sigma) / 4, cond)
-        skip = sigma_data**2 / (alpha * norm**2)
+        alpha, sigma = schedule(t)
+        norm = jnp.sqrt(sigma**2 + (alpha * sigma_data) ** 2)  # alpha times that of (1)
+        out = net(bcast(1 / norm, x) * x, jnp.log(sigma / alpha) / 4, cond)
+        skip = alpha * (sigma_data / norm) ** 2
         return from_x0(schedule, x, t, bcast(skip, x) * x + bcast(sigma * sigma_data / norm, x) * out)
 
     return denoiser

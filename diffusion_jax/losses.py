@@ -90,9 +90,7 @@ def hybrid_loss(
     x_t = q_sample(schedule, x0, t, eps)
     prediction = denoiser(x_t, t, cond)
     simple = mean_per_example((prediction.eps - eps) ** 2)
-    fixed_mean = prediction._replace(
-        x0=jax.lax.stop_gradient(prediction.x0), eps=jax.lax.stop_gradient(prediction.eps)
-    )
+    fixed_mean = prediction._replace(x0=jax.lax.stop_gradient(prediction.x0), eps=jax.lax.stop_gradient(prediction.eps))
     return simple + vlb_weight * table * variational_term(fixed_mean, schedule, x0, x_t, t, table=table)
 
 

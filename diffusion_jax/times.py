@@ -87,8 +87,8 @@ def logsnr_uniform(n: int, schedule: Schedule, start: float = 1.0, end: float = 
 
 
 def draw_uniform(low: float = 0.0, high: float = 1.0) -> Draw:
-    """Independent uniform times in [low, high)."""
-    return lambda key, b: jax.random.uniform(key, (b,), minval=low, maxval=high)
+    """Independent uniform times in (low, high]: never 0, where some schedules have an infinite rate."""
+    return lambda key, b: high - (high - low) * jax.random.uniform(key, (b,))
 
 
 def draw_discrete(table: int = 1000) -> Draw:
@@ -101,7 +101,7 @@ def draw_stratified(low: float = 0.0, high: float = 1.0) -> Draw:
 
     def draw(key: Key, b: int) -> Array:
         u = (jax.random.uniform(key, ()) + jnp.arange(b) / b) % 1.0
-        return low + (high - low) * u
+        return high - (high - low) * u
 
     return draw
 

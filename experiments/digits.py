@@ -16,7 +16,7 @@ import optax
 
 from diffusion_jax import cosine, denoising_loss, dpmpp_2m, draw_stratified, parameterize, uniform
 from diffusion_jax.arguments import Amount, Count, Natural
-from diffusion_jax.evaluation.digits import evaluate_digits
+from diffusion_jax.evaluation.digits import evaluate_classes
 from diffusion_jax.experiment import Experiment
 from diffusion_jax.nets import unet
 from diffusion_jax.training import ema
@@ -53,10 +53,10 @@ def experiment(
         sample_every: steps between sample grids, 0 for none.
         checkpoint_every: steps between checkpoints, 0 for the last one only.
     """
-    schedule = cosine()
+    data, schedule = digits(), cosine()
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps + 1)
     return Experiment(
-        data=digits,
+        data=lambda: data,
         shape=SHAPE,
         net=unet(SHAPE, channels=width, multipliers=(1, 2), blocks=1, attention=(4,), classes=CLASSES),
         schedule=schedule,
@@ -76,5 +76,5 @@ def experiment(
         log_every=log_every,
         sample_every=sample_every,
         checkpoint_every=checkpoint_every,
-        evaluate=evaluate_digits,
+        evaluate=lambda draw: evaluate_classes(draw, data.train, data.test),
     )
