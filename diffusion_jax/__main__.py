@@ -228,9 +228,12 @@ def _help(command: str, name: str) -> None:
 
 
 def _set_up_jax() -> None:
-    """Compiled programs are kept between runs."""
+    """Compiled programs are kept between runs, and failed reads and writes are told in one line."""
     import jax
 
+    from diffusion_jax.training.checkpoint import quieten
+
+    quieten()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusion_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -16,7 +16,7 @@ import optax
 
 from diffusion_jax import cosine, denoising_loss, dpmpp_2m, draw_stratified, parameterize, uniform
 from diffusion_jax.arguments import Amount, Count, Natural
-from diffusion_jax.evaluation.digits import evaluate_classes
+from diffusion_jax.evaluation.classes import evaluate_classes
 from diffusion_jax.experiment import Experiment
 from diffusion_jax.nets import unet
 from diffusion_jax.training import ema

@@ -6,7 +6,7 @@ Bad input gives one line on the error stream, no traceback and a non-zero exit, 
 import importlib.util
 import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +21,11 @@ from PIL import Image
 from diffusion_jax.__main__ import find_run, main, run_name
 from diffusion_jax.arguments import Count, closest, describe, resolve, split_arguments
 from diffusion_jax.experiment import Experiment, find_experiment
-from diffusion_jax.training.data import Data
+from diffusion_jax.training import records
+from diffusion_jax.training.generate import example_keys, make_draw
+from diffusion_jax.training.loop import _loss_fn
+from diffusion_jax.training.state import init_state, parameter_count
+from diffusion_jax.training.step import make_train_step
 from diffusion_jax.typing import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -172,10 +176,13 @@ def test_bad_input_is_one_line(capsys, tmp_path, words, message):
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-@pytest.mark.parametrize("words", [["train", "help"], ["train", "digits", "help"], ["sample", "--help"]])
-def test_help_is_no_error(capsys, words):
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["train", "help"], "devices="), (["train", "digits", "help"], "checkpoint_every="), (["sample", "--help"], "n=")],
+)
+def test_help_is_no_error(capsys, words, named):
     assert main(words) == 0
-    assert "checkpoint" in capsys.readouterr().out
+    assert named in capsys.readouterr().out
 
 
 def test_missing_data_says_which_files_to_put_where(capsys, tmp_path, monkeypatch):
@@ -366,18 +373,22 @@ def test_nothing_saved_yet(capfd, tmp_path):
     assert steps_saved(run) == []
 
 
-def test_changed_data_and_a_batch_that_does_not_split_over_devices(tmp_path):
+def test_a_batch_that_does_not_split_over_devices(tmp_path):
     """Eight simulated devices need a process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusion_jax", "train", TOY, "batch=12", f"runs={tmp_path}"],
-        capture_output=True, text=True, env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"), cwd=ROOT,
-    )  # fmt: skip
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = command(["-m", "diffusion_jax", "train", TOY, "batch=12", f"runs={tmp_path}"], **eight)
     line = complaint(done.stderr, done.returncode, 2)
     assert "a batch of 12 cannot be split evenly over 8 devices" in line
 
 
 def environment(**extra):
     return {**os.environ, "PYTHONPATH": str(ROOT), **extra}
+
+
+def command(words, **extra):
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment(**extra), cwd=ROOT, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -389,30 +400,29 @@ def trained_toy(tmp_path_factory):
     return runs
 
 
+SMALL_DISK = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+runpy.run_module("diffusion_jax", run_name="__main__", alter_sys=True)
+"""
+"""The limit on the size of a file stands for a full disk, which only root could make: writing fails in both."""
+
+
 def test_a_full_disk_loses_nothing_that_was_saved(trained_toy, tmp_path):
-    """The limit on the size of a file stands for a full disk: both fail in write(2), the first one without root."""
-    import shutil
-
     shutil.copytree(trained_toy, tmp_path, dirs_exist_ok=True)
-    words = [sys.executable, "-m", "diffusion_jax", "train", TOY, f"runs={tmp_path}", "run=r", "steps=30"]
-
-    def no_large_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=no_large_files, env=environment(), cwd=ROOT)
-    line = complaint(done.stderr, done.returncode)
+    words = ["train", TOY, f"runs={tmp_path}", "run=r", "steps=30"]
+    failed = command(["-c", SMALL_DISK, *words])
+    line = complaint(failed.stderr, failed.returncode)
     assert "free space" in line
     assert steps_saved(tmp_path / "toy" / "r") == [5, 10]
-    # The damage of a full disk: nothing is left to clean up by hand, the same command goes on.
-    with_space = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    # There is nothing to clean up by hand: the same command goes on.
+    with_space = command(["-m", "diffusion_jax", *words])
     assert with_space.returncode == 0, with_space.stderr
     assert "going on from step 10" in with_space.stderr
     assert steps_saved(tmp_path / "toy" / "r")[-1] == 30
 
 
 def test_a_full_disk_while_metrics_are_written(capfd, tmp_path, monkeypatch):
-    from diffusion_jax.training import records
-
     whole = records.write_line
 
     def full(path, line):
@@ -429,17 +439,12 @@ def test_a_full_disk_while_metrics_are_written(capfd, tmp_path, monkeypatch):
 
 
 def test_a_truncated_checkpoint_is_passed_over_in_one_line(trained_toy, tmp_path):
-    import shutil
-
     shutil.copytree(trained_toy, tmp_path, dirs_exist_ok=True)
     state = tmp_path / "toy" / "r" / "checkpoints" / "10" / "state"
     for path in state.rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:100])
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusion_jax", "train", TOY, f"runs={tmp_path}", "run=r", "steps=10"],
-        capture_output=True, text=True, env=environment(), cwd=ROOT,
-    )  # fmt: skip
+    done = command(["-m", "diffusion_jax", "train", TOY, f"runs={tmp_path}", "run=r", "steps=10"])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert "checkpoint 10" in lines[0]
@@ -485,15 +490,6 @@ def test_unknown_errors_of_a_device_are_explained_when_memory_is_short(capsys, m
 
 # Every experiment ----------------------------------------------------------------------------------------------------
 
-SMALL = {
-    "digits": {"width": 8},
-    "fashion_mnist": {"width": 4, "precision": "bfloat16"},
-    "cifar10": {"width": 4, "sample_steps": 2},
-    "cifar10_edm": {"width": 4, "blocks": 1},
-    "cifar10_ddpmpp": {"width": 4, "blocks": 1},
-    "folder": {"width": 4, "size": 16},
-}
-
 
 def arguments_of(name, tmp_path):
     if name != "folder":
@@ -503,17 +499,6 @@ def arguments_of(name, tmp_path):
         for i in range(2):
             Image.fromarray(np.full((20, 17, 3), 60 * i, np.uint8)).save(tmp_path / kind / f"{i}.png")
     return {"path": str(tmp_path)}
-
-
-def made_up(experiment):
-    """Data of the experiment's shape and classes, of random bytes."""
-    rng = np.random.default_rng(0)
-    n, classes = 16, experiment.null or 0
-    arrays = {
-        "image": rng.integers(0, 256, (n, *experiment.shape), np.uint8),
-        "label": (np.arange(n) % max(1, classes)).astype(np.int32),
-    }
-    return Data(arrays, None, tuple(str(i) for i in range(classes)), experiment.shape)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -532,26 +517,23 @@ def test_every_experiment_says_how_it_is_run(name, tmp_path):
 
 
 def test_cifar10_has_the_papers_network():
-    from diffusion_jax.training.state import parameter_count
-
     assert parameter_count(find_experiment("cifar10")().net) == 35_746_307
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_makes_a_step(name, tmp_path):
-    from diffusion_jax.training.loop import _loss_fn
-    from diffusion_jax.training.state import init_state
-    from diffusion_jax.training.step import make_train_step
-
-    experiment = find_experiment(name)(**arguments_of(name, tmp_path), **SMALL[name], batch=4)
-    train = made_up(experiment).train
-    batch = {key: jax.numpy.asarray(array[:4]) for key, array in train.items()}
-    step = jax.jit(
-        make_train_step(_loss_fn(experiment), experiment.optimizer, experiment.ema),
-        compiler_options={"xla_backend_optimization_level": 0},
+def test_every_experiment_makes_a_step_of_its_own_size(name, tmp_path):
+    """Traced, not run: shapes and types of a whole step at the default size; tests/long runs small ones."""
+    experiment = find_experiment(name)(**arguments_of(name, tmp_path))
+    step = make_train_step(_loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
+    state = jax.eval_shape(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))
+    batch = {
+        "image": jax.ShapeDtypeStruct((experiment.batch, *experiment.shape), "uint8"),
+        "label": jax.ShapeDtypeStruct((experiment.batch,), "int32"),
+    }
+    new, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
     )
-    state = init_state(jax.random.key(0), experiment.net, experiment.optimizer)
-    state, metrics = step(state, batch)
-    assert np.isfinite(metrics["loss"])
-    assert np.isfinite(metrics["grad_norm"])
-    assert int(state.step) == 1
+    assert {m.shape for m in metrics.values()} == {()}
+    shape = jax.eval_shape(make_draw(experiment), state.ema, example_keys(0, 0, 3), None)
+    assert shape.shape == (3, *experiment.shape)

@@ -9,11 +9,12 @@ run always finds whole ones. Restoring checks the digests, and goes back to the 
 from __future__ import annotations
 
 import contextlib
-import gc
-import io
 import itertools
 import json
-import time
+import logging
+import re
+import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,13 +84,13 @@ def save(manager: ocp.CheckpointManager, state: TrainState, position: dict, expe
     }
     meta["crc"] = _crc(meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    with _as_os_error():
+    with _as_os_error(manager.directory):
         manager.save(int(state.step), args=items, metrics={METRIC: metric})
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
     """Return when all saves are complete; OSError if one failed."""
-    with _as_os_error():
+    with _as_os_error(manager.directory):
         manager.wait_until_finished()
 
 
@@ -114,9 +115,8 @@ def restore(
         except InputError:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             before = f"; going back to checkpoint {steps[i + 1]}" if i + 1 < len(steps) else ""
-            report(f"checkpoint {candidate} in {manager.directory} cannot be read ({reason}){before}")
+            report(f"checkpoint {candidate} in {manager.directory} cannot be read ({_reason(error)}){before}")
             continue
         if i and not read_only:
             _set_aside(Path(str(manager.directory)), steps[:i])
@@ -139,8 +139,7 @@ def _restore_one(manager: ocp.CheckpointManager, step: int, like: TrainState) ->
     if _crc(meta) != meta["crc"]:
         raise OSError("its meta does not match its checksum")
     _check_shapes(meta["shapes"], shapes(like), f"checkpoint {step} in {manager.directory}")
-    with _quiet():
-        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
     kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (state, like)]
     if kinds[0] != kinds[1] or [int(word) for word in np.asarray(_digest(state))] != meta["digest"]:
         raise OSError("its contents do not match their digest")
@@ -168,28 +167,37 @@ def _crc(meta: dict) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax leaves coroutines behind when it fails, which complain at length; the error itself is raised anyway."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            yield
-        except Exception as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            error.__traceback__ = error.__cause__ = error.__context__ = None
-            failed = OSError(text)
-        else:
-            return
-        gc.collect()
-        time.sleep(0.2)  # TensorStore's threads report to the closed event loop a little later.
-    raise failed
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
+def _as_os_error(folder: Any) -> Iterator[None]:
     """Orbax raises what its writer threads raised, of many kinds; a user's disk is the cause of all of them."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
-        raise OSError((str(error).strip() or type(error).__name__).splitlines()[0][:300]) from error
+        raise OSError(f"a checkpoint could not be written in {folder}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error of Orbax or TensorStore comes down to, in one line."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    system = re.search(r"([^:]+) \[os_error_code", text)
+    return system[1].strip() if system else text[:200]
+
+
+def quieten() -> None:
+    """Keep off the error stream what Orbax, asyncio and TensorStore say at length of failures that are raised too.
+
+    For command lines: it changes the logging and the warnings of the whole process.
+    """
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    sys.unraisablehook = _unraisable
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Report an exception that nothing could catch, except what is left of coroutines when a read or write fails."""
+    if "Event loop is closed" not in str(unraisable.exc_value) and "<coroutine object" not in repr(unraisable.object):
+        sys.__unraisablehook__(unraisable)
