@@ -63,7 +63,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 types: $(READY)
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 
 bench: $(VENV)-parity/ready
 	@for script in benchmarks/*.py; do $(VENV)-parity/bin/python $$script || exit 1; done

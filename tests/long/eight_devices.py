@@ -1,8 +1,7 @@
-"""Train and draw on 1 and on 8 simulated devices; the results go to a folder. A process of its own, see test_devices.py."""
+"""Train and draw on 1 and on 8 simulated devices, for test_devices.py: python eight_devices.py FOLDER."""
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -60,5 +59,4 @@ if __name__ == "__main__":
         for name, devices, split in (("one", 1, False), ("eight", 8, False), ("split", 8, True))
     }
     (out / "found.json").write_text(json.dumps(found))
-    drawn = [*map(partial(draw_with_unet), (1, 8))]
-    np.savez(out / "drawn.npz", one=drawn[0], eight=drawn[1])
+    np.savez(out / "drawn.npz", one=draw_with_unet(1), eight=draw_with_unet(8))

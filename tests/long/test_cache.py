@@ -34,6 +34,6 @@ def test_second_start(tmp_path):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    cold, warm = seconds(), min(seconds(), seconds())
+    cold, warm = seconds(), min(seconds() for _ in range(3))  # the least disturbed start on a busy machine
     print(f"first step: cold {cold:.1f} s, second start {warm:.1f} s, ratio {warm / cold:.2f}")
     assert warm < cold / 3

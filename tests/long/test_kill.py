@@ -1,4 +1,4 @@
-"""kill -9 at twenty random moments: the run always goes on from a complete checkpoint and loses at most one interval."""
+"""kill -9 at twenty random moments: the run goes on from a complete checkpoint and loses at most one interval."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from commands import assert_same_state, begin, last_logged, make, steps_saved
 
 from diffusion_jax.training.loop import fit
 
-EVERY, KILLS = 40, 20
+EVERY, KILLS = 100, 20
 OPTIONS = {"rows": 200, "dropout": 0.2, "batch": 16, "log_every": 5, "checkpoint_every": EVERY}
 
 
@@ -21,35 +21,41 @@ def wait_for(condition, child, log):
         time.sleep(0.002)
 
 
+def in_flight(run):
+    """The checkpoints that were being written when the run was killed: at most one."""
+    return [int(p.name.split(".")[0]) for p in (run / "checkpoints").glob("[0-9]*.orbax-checkpoint-tmp")]
+
+
 def test_killed_twenty_times(cache, tmp_path):
     rng = random.Random(0)
     words = [f"{name}={value}" for name, value in OPTIONS.items()] + ["steps=1000000"]
     run, log = tmp_path / "toy" / "r", tmp_path / "log"
-    during_saves = 0
+    during_saves, most_lost = 0, 0
     for kill in range(KILLS + 1):
-        made, complete = last_logged(run), steps_saved(run)
-        unfinished = [int(p.name.split(".")[0]) for p in (run / "checkpoints").glob("*.orbax-checkpoint-tmp")]
+        made, complete, begun = last_logged(run), steps_saved(run), in_flight(run)
         child = begin(cache, tmp_path, *words, log=log)
         if complete:
             wait_for(lambda: "going on from step" in log.read_text(), child, log)
             start = int(re.search(r"going on from step (\d+)", log.read_text())[1])
             assert "cannot be read" not in log.read_text()
             assert start == complete[-1]
-            newest = made // EVERY * EVERY
-            # What is lost is less than an interval, or the interval whose checkpoint was just being written.
-            assert start >= newest - EVERY * (newest in unfinished or newest == made)
+            most_lost = max(most_lost, made - start)
+            # An interval counts from the checkpoint that was begun: saving is asynchronous, and training goes on for
+            # at most another one while it is being written.
+            assert made - start <= EVERY or (begun == [start + EVERY] and made - begun[0] <= EVERY)
         if kill == KILLS:
             break
-        if rng.random() < 0.1 and kill > 1:
+        if kill % 7 == 6:
             time.sleep(rng.uniform(0, 0.5))  # while it starts
         else:
             wait_for(lambda before=complete: steps_saved(run) != before, child, log)
             time.sleep(rng.uniform(0, 0.4))
         child.kill()
         child.wait()
-        during_saves += any((run / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+        during_saves += bool(in_flight(run))
     assert during_saves >= 3, "too few kills hit a save to prove anything"
-    wait_for(lambda before=steps_saved(run): steps_saved(run) != before, child, log)
+    before = steps_saved(run)
+    wait_for(lambda: steps_saved(run) != before, child, log)
     child.send_signal(signal.SIGTERM)
     assert child.wait(60) == 128 + signal.SIGTERM
     end = steps_saved(run)[-1]
@@ -57,4 +63,4 @@ def test_killed_twenty_times(cache, tmp_path):
     options = OPTIONS | {"steps": end, "checkpoint_every": 0}
     fit(make(**options), tmp_path / "reference", {})
     assert_same_state(run, tmp_path / "reference", make(**options), end)
-    print(f"{KILLS} kills, {during_saves} of them during a save, {end} steps")
+    print(f"{KILLS} kills, {during_saves} during a save, at most {most_lost} of {EVERY} steps lost, {end} steps in all")

@@ -43,6 +43,22 @@ def test_interrupted_twice_equals_uninterrupted(number, feed, cache, tmp_path):
     assert_same_state(run, reference, make(**options), 3000)
 
 
+def test_a_signal_during_compilation(tmp_path):
+    """It waits for the compiler, which cannot be interrupted, and then leaves as at any other time."""
+    log = tmp_path / "log"
+    child = begin(tmp_path / "empty cache", tmp_path, "steps=1000000", "dispatch=7", log=log)
+    while "compiling" not in log.read_text():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(120) == 128 + signal.SIGINT, log.read_text()
+    stop = steps_saved(tmp_path / "toy" / "r")
+    assert len(stop) == 1
+    assert stop[0] <= 7
+    assert f"stopped by SIGINT at step {stop[0]} of 1000000, all saved" in log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text()
+
+
 def test_the_loss_of_every_step_is_the_same_too(cache, tmp_path):
     """In one process, over the edge of an epoch, one step after the other: metrics and batches, not only the end."""
     from diffusion_jax.training import records
@@ -51,9 +67,10 @@ def test_the_loss_of_every_step_is_the_same_too(cache, tmp_path):
     fit(make(**options, steps=13), tmp_path / "whole", {})
     for steps in (4, 6, 7, 13):  # stops before, at and after the edge between the first two epochs
         fit(make(**options, steps=steps), tmp_path / "parts", {})
+    lines = (records.read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     whole, parts = (
-        [(line["step"], line["loss"], line["grad_norm"]) for line in records.read_lines(p / "metrics.jsonl") if "loss" in line]
-        for p in (tmp_path / "whole", tmp_path / "parts")
-    )  # fmt: skip
+        [(line["step"], line["loss"], line["grad_norm"]) for line in run if "loss" in line] for run in lines
+    )
+    assert len(whole) == 13
     assert whole == parts
     assert_same_state(tmp_path / "parts", tmp_path / "whole", make(**options), 13)
