@@ -29,7 +29,7 @@ SHAPE, CLASSES = (8, 8, 1), 10
 def experiment(
     *,
     width: Count = 32,
-    steps: Count = 800,
+    steps: Count = 600,
     batch: Count = 128,
     learning_rate: Amount = 3e-3,
     sample_steps: Count = 20,
