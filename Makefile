@@ -46,7 +46,7 @@ test: $(READY)
 
 # Slow proofs: killed runs, flat memory, real archives, several devices.
 test-long: $(READY)
-	$(PY) -m pytest tests/long $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile tests/long $(ARGS)
 
 # Against PyTorch and diffusers, in an environment of their own.
 test-parity: $(VENV)-parity/ready
