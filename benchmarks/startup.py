@@ -20,13 +20,16 @@ from diffusion_jax.experiment import find_experiment
 from diffusion_jax.training.state import init_state
 from diffusion_jax.training.step import make_loss_fn, make_train_step
 _set_up_jax()
-e = find_experiment("cifar10")(width=32)
+e = find_experiment("NAME")(ARGUMENTS)
 start = time.perf_counter()
 state = jax.jit(lambda: init_state(jax.random.key(0), e.net, e.optimizer))()
-step = jax.jit(make_train_step(make_loss_fn(e.net, e.read, e.objective), e.optimizer, e.ema), donate_argnums=0)
-jax.block_until_ready(step(state, {"image": jnp.zeros((8, 32, 32, 3), jnp.uint8)}))
+loss = make_loss_fn(e.net, e.read, e.objective, null=e.null, drop=e.drop, flip=e.flip)
+step = jax.jit(make_train_step(loss, e.optimizer, e.ema), donate_argnums=0)
+batch = {"image": jnp.zeros((e.batch, *e.shape), jnp.uint8), "label": jnp.zeros(e.batch, jnp.int32)}
+jax.block_until_ready(step(state, batch))
 print(time.perf_counter() - start)
 """
+EXPERIMENTS = {"digits": "", "cifar10": "width=32, batch=8"}
 
 
 def seconds(code: str, **environment: str) -> float:
@@ -41,11 +44,13 @@ def main() -> None:
     seconds("import diffusion_jax")
     imports = statistics.median(seconds("import diffusion_jax") for _ in range(5))
     print(json.dumps({"measurement": "python -c 'import diffusion_jax'", "seconds": round(imports, 2)}))
-    with tempfile.TemporaryDirectory() as cache:
-        cold = seconds(FIRST_STEP, JAX_COMPILATION_CACHE_DIR=cache)
-        warm = statistics.median(seconds(FIRST_STEP, JAX_COMPILATION_CACHE_DIR=cache) for _ in range(3))
-    line = {"measurement": "first training step, warm / cold cache", "ratio": round(warm / cold, 3)}
-    print(json.dumps(line | {"cold_seconds": round(cold, 1), "warm_seconds": round(warm, 1)}))
+    for name, arguments in EXPERIMENTS.items():
+        code = FIRST_STEP.replace("NAME", name).replace("ARGUMENTS", arguments)
+        with tempfile.TemporaryDirectory() as cache:
+            cold = seconds(code, JAX_COMPILATION_CACHE_DIR=cache)
+            warm = statistics.median(seconds(code, JAX_COMPILATION_CACHE_DIR=cache) for _ in range(3))
+        line = {"measurement": f"{name}: first training step, warm / cold cache", "ratio": round(warm / cold, 3)}
+        print(json.dumps(line | {"cold_seconds": round(cold, 1), "warm_seconds": round(warm, 1)}))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def describe(function: Callable[..., Any], prog: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(function, args=["--help"], prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    return re.sub(r"--(\w+) ", r"\1=", out.getvalue())
+    # The words are name=value here, and tyro's own usage line and --help are not among them.
+    text = re.sub(r"^(usage:.*\n(\s+\S.*\n)*\n|.*-h, --help.*\n)", "", out.getvalue(), flags=re.M)
+    return f"{prog}\n\n" + re.sub(r"--(\w+) ", r"\1=", text)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -70,7 +70,7 @@ def example_keys(seed: int, start: int, count: int) -> Array:
 
 def at_a_time(experiment: Experiment) -> int:
     """Pictures a device draws at a time: enough to keep it busy, not more than fit in training."""
-    many = 8 if jax.devices()[0].platform == "cpu" else 64
+    many = 8 if jax.devices()[0].platform == "cpu" else 128
     return min(many, experiment.batch // experiment.accumulate)
 
 
