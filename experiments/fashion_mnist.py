@@ -5,6 +5,7 @@
 
 Data: 60,000 pictures of clothing, 30 MB, downloaded once by tensorflow-datasets. Without a network: Debian's and
 Ubuntu's package dataset-fashion-mnist is found by itself; otherwise the error says which files to put where.
+Cost and quality: not measured yet on a GPU; width 64 has 6.5M parameters.
 Method: Karras et al. 2022, arXiv:2206.00364 (preconditioning, loss, noise levels, Heun's sampler in 18 steps).
 """
 

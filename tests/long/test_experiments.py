@@ -23,10 +23,13 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("*.py")))
-def test_every_experiment_makes_a_step(name, tmp_path, monkeypatch):
+NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in NAMES), ("cifar10", {"learned_variance": True})])
+def test_every_experiment_makes_a_step(name, more, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    options = dict(SMALL[name])
+    options = SMALL[name] | more
     if name == "folder":
         Image.new("RGB", (20, 17)).save(tmp_path / "a.png")
         options["path"] = str(tmp_path)
