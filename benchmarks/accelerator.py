@@ -1,6 +1,6 @@
 """Training and sampling speed of the CIFAR-10 experiments on the device at hand, in bfloat16, on made-up pictures.
 
-    python benchmarks/accelerator.py     on a GPU or TPU, about five minutes; at toy size where there is none
+    python benchmarks/accelerator.py     on a GPU or TPU; at toy size where there is none
 
 For each experiment: seconds to the first step (compilation included, no cache), images/s of the jitted training step
 (median of rounds after a warm-up), the FLOPs that XLA counts, and images/s of sampling. One JSON line a measurement.

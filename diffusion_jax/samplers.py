@@ -167,8 +167,8 @@ def langevin(schedule: Schedule, snr: float = 0.16, steps: int = 1) -> Sampler:
 
     The step size is e = 2 (snr sigma_t)^2, proportional to sigma_t^2 as in Song & Ermon 2019, arXiv:1907.05600,
     algorithm 1. Song et al. 2021, arXiv:2011.13456, algorithms 4-5, write 2 (snr |z| / |score|)^2, which is the same up
-    to O(1 / sqrt(d)); but a step that depends on x and z leaves another law than p(x), in two dimensions one with 46
-    times the variance. Put it before a sampler with `chain` to make it a corrector.
+    to O(1 / sqrt(d)); but a step that depends on x and z leaves another law than p(x), in two dimensions one of far
+    more variance (docs/design/001). Put it before a sampler with `chain` to make it a corrector.
     """
     if snr <= 0 or steps < 1:
         raise ValueError(f"langevin: snr must be positive and steps at least 1, got {snr}, {steps}")

@@ -9,8 +9,7 @@ To the letter: 35.7M-parameter U-Net, T = 1000, linear betas from 1e-4 to 0.02, 
 larger variance with x0 clipped to [-1, 1]. The warm-up over 5,000 steps and the clipping of gradients to norm 1 are
 not in the paper's text but in its published code.
 
-Cost, as the paper reports it: 10.6 hours on a TPU v3-8 (21 steps a second), and 17 s for 256 samples. A processor
-makes about one step in several seconds: take digits or a small `width` there.
+Cost, as the paper reports it: 10.6 hours on a TPU v3-8 (21 steps a second), and 17 s for 256 samples.
 Expected: the paper reports FID 3.17 and Inception score 9.46 for 50,000 samples. Not measured here.
 Data: CIFAR-10, 170 MB, downloaded once by tensorflow-datasets, or from an archive placed where its error message says.
 """

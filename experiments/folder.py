@@ -4,7 +4,7 @@
     make sample EXP=folder ARGS="n=64 guidance=2"
 
 path/*.jpg trains an unconditional model, path/CLASS/*.jpg a class-conditional one. Pictures are cropped to their
-central square and resized once. A laptop trains size=32 in hours; a GPU size=64 in about one.
+central square and resized once.
 Method: v-prediction on the cosine schedule (Salimans & Ho 2022, arXiv:2202.00512), DPM-Solver++(2M) in 30 steps.
 """
 

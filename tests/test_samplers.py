@@ -154,6 +154,21 @@ def test_langevin_has_the_right_law_in_two_dimensions(x64):
     np.testing.assert_allclose(np.var(y, axis=0), expected, rtol=4 * np.sqrt(2 / 20_000))
 
 
+@pytest.mark.parametrize(("d", "least", "most"), [(2, 5.0, np.inf), (16, 1.1, 1.6), (256, 0.97, 1.1)])
+def test_a_step_that_looks_at_the_score_has_another_law(d, least, most):
+    """Why `langevin` does not use 2 (snr |z| / |score|)^2: the variance reached from N(0, I), where it should stay."""
+
+    def step(x, key):
+        z, score = jax.random.normal(key, x.shape), -x
+        e = 2 * (0.16 * jnp.linalg.norm(z, axis=1) / jnp.linalg.norm(score, axis=1))[:, None] ** 2
+        return x + e * score + jnp.sqrt(2 * e) * z, None
+
+    x = jax.random.normal(jax.random.key(0), (2000, d))
+    x, _ = jax.jit(lambda x, keys: jax.lax.scan(step, x, keys))(x, jax.random.split(jax.random.key(1), 400))
+    print(f"variance at d = {d}: {float(jnp.var(x)):.2f}")
+    assert least < float(jnp.var(x)) < most
+
+
 @pytest.mark.parametrize("problem", ["vp_linear", "cosine"])
 def test_ancestral_with_the_true_variance_is_exact_in_few_steps(problem):
     """For Gaussian data q(x_s | x_t) is Gaussian: 8 steps with its variance have no error, with a fixed one they do."""
