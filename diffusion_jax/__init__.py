@@ -26,7 +26,13 @@ from diffusion_jax.predictions import (
     to_velocity,
     to_x0,
 )
-from diffusion_jax.samplers import ancestral, chain, churn, ddim, ddpm, dpmpp_2m, euler, heun, langevin, sample
+from diffusion_jax.samplers.ancestral import ancestral, ddim, ddpm
+from diffusion_jax.samplers.driver import chain, sample
+from diffusion_jax.samplers.exponential import dpmpp_2m
+from diffusion_jax.samplers.flow import euler, heun
+from diffusion_jax.samplers.langevin import langevin
+from diffusion_jax.samplers.noise import white
+from diffusion_jax.samplers.stochastic import churn
 from diffusion_jax.schedules import (
     cosine,
     cosine_betas,
@@ -131,4 +137,5 @@ __all__ = [
     "variational_term",
     "ve",
     "vp_linear",
+    "white",
 ]

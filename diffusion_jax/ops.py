@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from diffusion_jax.typing import Array, Key
@@ -22,6 +25,15 @@ def bcast(c: Array, x: Array) -> Array:
     if c.ndim and c.shape != x.shape[: c.ndim] and c.shape != (1,) * c.ndim:
         raise ValueError(f"bcast: c of shape {c.shape} does not lead x of shape {x.shape}")
     return jnp.reshape(c, c.shape + (1,) * (x.ndim - c.ndim)).astype(x.dtype)
+
+
+def is_concrete(a: Any) -> bool:
+    """True when the values of `a` can be looked at now, False for a tracer: input is checked where it can be.
+
+    >>> is_concrete(jnp.ones(3)), bool(jax.jit(lambda x: jnp.asarray(is_concrete(x)))(1.0))
+    (True, False)
+    """
+    return not isinstance(a, jax.core.Tracer)
 
 
 def is_batched(key: Key) -> bool:

@@ -53,6 +53,11 @@ Denoiser = Callable[[Array, Array, Cond], Prediction]
 Denoise = Callable[[Array, Array], Prediction]
 """(x: f32[b *d], t: f32[]) -> Prediction: a denoiser as a sampler's step sees it."""
 
+Noise = Callable[[Key, Array, Array, Array], Array]
+"""(key, x: f32[b *d], t, s) -> standard normal f32[b *d]: what drives a random step from t to s."""
+FlowMap = Callable[[Array, Array, Array, Cond], Array]
+"""(x: f32[b *d], t: f32[b], s: f32[b], cond) -> x_s: f32[b *d], a model of two times."""
+
 
 class Sampler(NamedTuple):
     """A way to move x from t to s < t.

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import CASES
+from cases import CASES
 
 import diffusion_jax as dj
+from diffusion_jax.evaluation import mixtures
 
 PAIRS = ((0.98, 0.97), (0.9, 0.5), (0.5, 0.02), (0.3, 0.29))
 NAMES = tuple(CASES)
@@ -169,16 +169,16 @@ def test_bad_input():
 
 # --- the oracles themselves ------------------------------------------------------------------------------------------
 
-MIXTURE = oracles.Mixture(np.array([0.3, 0.7]), np.array([[-1.0], [0.8]]), np.array([[0.04], [0.25]]))
+MIXTURE = mixtures.Mixture(np.array([0.3, 0.7]), np.array([[-1.0], [0.8]]), np.array([[0.04], [0.25]]))
 
 
 def test_oracle_denoiser_is_the_posterior_mean_by_quadrature():
     """E[x0 | x_t] = int x0 p(x0) N(x_t; alpha x0, sigma^2) dx0 / int ..., on a fine grid."""
     grid = np.linspace(-5, 5, 200_001)
-    prior = sum(w * np.exp(-0.5 * (grid - m) ** 2 / v) / np.sqrt(v) for w, (m,), (v,) in zip(*MIXTURE, strict=True))
+    prior = sum(w * np.exp(-0.5 * (grid - m) ** 2 / v) / np.sqrt(v) for w, (m,), (v,) in zip(*MIXTURE[:3], strict=True))
     x = np.array([-1.2, 0.1, 2.0])
     with jax.enable_x64(True):
-        got = jax.jit(oracles.denoiser(MIXTURE, dj.cosine()))(jnp.asarray(x[:, None]), jnp.full(3, 0.4), None)
+        got = jax.jit(mixtures.denoiser(MIXTURE, dj.cosine()))(jnp.asarray(x[:, None]), jnp.full(3, 0.4), None)
         alpha, sigma = (float(c) for c in dj.cosine()(jnp.asarray(0.4)))
     weight = prior * np.exp(-0.5 * ((x[:, None] - alpha * grid) / sigma) ** 2)
     expected = (weight * grid).sum(1) / weight.sum(1)
@@ -192,13 +192,13 @@ def test_oracle_score_is_the_gradient_of_the_log_density():
 
         @jax.jit
         def compute(x):
-            prediction = oracles.denoiser(MIXTURE, schedule)(x, t, None)
+            prediction = mixtures.denoiser(MIXTURE, schedule)(x, t, None)
             return (
-                jax.grad(lambda y: jnp.sum(oracles.log_density(MIXTURE, schedule, y, t)))(x),
-                oracles.score(MIXTURE, schedule, x, t),
+                jax.grad(lambda y: jnp.sum(mixtures.log_density(MIXTURE, schedule, y, t)))(x),
+                mixtures.score(MIXTURE, schedule, x, t),
                 dj.to_score(schedule, prediction, t),
                 prediction.x0,
-                oracles.conditional(MIXTURE, schedule)(x, t, jnp.full(3, 2)).x0,
+                mixtures.conditional(MIXTURE, schedule)(x, t, jnp.full(3, 2)).x0,
             )
 
         auto, exact, by_hub, x0, null = compute(x)

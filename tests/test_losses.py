@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from scipy import optimize, stats
 
 import diffusion_jax as dj
+from diffusion_jax.evaluation import mixtures
 from diffusion_jax.losses import discretized_log_likelihood
 
 B, D = 6, 4
@@ -291,7 +291,7 @@ def test_gradient_of_the_bound_reaches_only_the_variance():
 def test_learned_variance_finds_the_true_one():
     """For Gaussian data and the exact mean, the fraction that minimises the bound is that of Var(x_s | x_t)."""
     variance, n, index = 0.3, 20_000, 8
-    law = oracles.gaussian(np.zeros(1), np.full(1, variance))
+    law = mixtures.gaussian(np.zeros(1), np.full(1, variance))
     t = jnp.full((n,), index / TABLE, jnp.float32)
     k1, k2 = jax.random.split(jax.random.key(0))
     x0 = variance**0.5 * jax.random.normal(k1, (n, 1))
@@ -299,12 +299,12 @@ def test_learned_variance_finds_the_true_one():
     @jax.jit
     def bound(v):
         x_t = dj.q_sample(SCHEDULE, x0, t, jax.random.normal(k2, (n, 1)))
-        prediction = oracles.denoiser(law, SCHEDULE)(x_t, t)._replace(variance_fraction=jnp.full_like(x0, v))
+        prediction = mixtures.denoiser(law, SCHEDULE)(x_t, t)._replace(variance_fraction=jnp.full_like(x0, v))
         return jnp.mean(dj.variational_term(prediction, SCHEDULE, x0, x_t, t, table=TABLE))
 
     found = optimize.minimize_scalar(lambda v: float(bound(v)), bounds=(0, 1), method="bounded")
     s = t[:1] - 1 / TABLE
-    exact = float(oracles.reverse_fraction(SCHEDULE, x0[:1], t[:1], s, jnp.full((1, 1), variance))[0, 0])
+    exact = float(mixtures.reverse_fraction(SCHEDULE, x0[:1], t[:1], s, jnp.full((1, 1), variance))[0, 0])
     print(f"fraction {found.x:.4f}, exact {exact:.4f}")
     assert 0.1 < exact < 0.9
     assert found.x == pytest.approx(exact, abs=0.05)
@@ -322,8 +322,8 @@ def test_total_bound_is_above_the_entropy_and_near_it():
     p = np.diff(stats.norm.cdf(edges / std))
     values, p = values[p > 1e-12], p[p > 1e-12]
     entropy = -np.sum(p * np.log2(p))
-    law = oracles.gaussian(np.zeros(1), np.full(1, std**2))
-    denoiser = oracles.denoiser(law, schedule, next_time=lambda t: jnp.maximum(t - 1 / table, 0))
+    law = mixtures.gaussian(np.zeros(1), np.full(1, std**2))
+    denoiser = mixtures.denoiser(law, schedule, next_time=lambda t: jnp.maximum(t - 1 / table, 0))
     # The expectation over the noise by Gauss-Hermite quadrature (L_t is quadratic in it for s > 0), over x0 by its sum.
     nodes, weights = np.polynomial.hermite_e.hermegauss(7)
     x0, eps = (a.reshape(1, -1) for a in np.meshgrid(values, nodes, indexing="ij"))
@@ -352,7 +352,7 @@ def test_total_bound_is_above_the_entropy_and_near_it():
 
 def test_bad_input():
     x0, eps, t = batch(np.float32)
-    model = oracles.denoiser(oracles.gaussian(np.zeros(D), np.ones(D)), dj.cosine())
+    model = mixtures.denoiser(mixtures.gaussian(np.zeros(D), np.ones(D)), dj.cosine())
     with pytest.raises(ValueError, match="unknown prediction type 'noise'"):
         dj.denoising_loss(model, dj.cosine(), x0, t, eps, target="noise")
     with pytest.raises(ValueError, match="no variance"):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import CASES
 
 import diffusion_jax as dj
 from diffusion_jax.predictions import FROM, TO, lookup

@@ -6,12 +6,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import Mixture
 from scipy import stats
 
 import diffusion_jax as dj
+from diffusion_jax.evaluation import mixtures
+from diffusion_jax.evaluation.mixtures import Mixture
 
 D = 16
 # name -> constructor from a schedule and its largest time.
@@ -69,7 +69,7 @@ def check_law(x, mixture, directions):
     Both are corrected for the number of comparisons (Bonferroni). Returns the smallest corrected p-value of KS.
     """
     x = np.asarray(x, np.float64).reshape(len(x), -1)
-    n, (mean, covariance) = len(x), oracles.moments(mixture)
+    n, (mean, covariance) = len(x), mixtures.moments(mixture)
     error = np.abs(x.mean(0) - mean) / np.sqrt(np.diag(covariance) / n)
     assert error.max() < stats.norm.isf(0.0005 / error.size), f"mean off by {error.max():.1f} standard errors"
     centred = x - mean
@@ -77,7 +77,7 @@ def check_law(x, mixture, directions):
     products = few[:, :, None] * few[:, None, :]
     error = np.abs(products.mean(0) - covariance[:32, :32]) / (products.std(0) / np.sqrt(n))
     assert error.max() < stats.norm.isf(0.0005 / error.size), f"covariance off by {error.max():.1f} standard errors"
-    p = [stats.kstest(x @ u, oracles.projected_cdf(mixture, u)).pvalue for u in directions]
+    p = [stats.kstest(x @ u, mixtures.projected_cdf(mixture, u)).pvalue for u in directions]
     assert min(p) * len(p) > 0.01, f"KS p-values {p}"
     return min(p) * len(p)
 
@@ -89,7 +89,7 @@ def run_law(make, problem, steps, n, d=D, index=-1):
 
     @jax.jit
     def go(key, mixture, x):
-        return dj.sample(key, sampler, oracles.denoiser(mixture, schedule), x, times)
+        return dj.sample(key, sampler, mixtures.denoiser(mixture, schedule), x, times)
 
     single, double, apart = laws(d)
     rng = np.random.default_rng(1)
@@ -98,9 +98,9 @@ def run_law(make, problem, steps, n, d=D, index=-1):
     smallest = 1.0
     for i, mixture in enumerate((single, double)):
         start, end = ([float(c) for c in schedule(times[j])] for j in (0, index))
-        x = jnp.asarray(oracles.draw(rng, oracles.marginal(mixture, *start), n), jnp.float32)
+        x = jnp.asarray(mixtures.draw(rng, mixtures.marginal(mixture, *start), n), jnp.float32)
         y = go(jax.random.key(i), jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), mixture), x)
-        smallest = min(smallest, check_law(y, oracles.marginal(mixture, *end), directions))
+        smallest = min(smallest, check_law(y, mixtures.marginal(mixture, *end), directions))
     print(f"{problem}: smallest corrected p = {smallest:.3f}")
 
 
@@ -137,12 +137,12 @@ def test_langevin_has_the_right_law_in_two_dimensions(x64):
     """From the law of time t it stays there; for a Gaussian the finite step alone raises V to V / (1 - e / 2 V)."""
     schedule, t = dj.ve(0.05, 10.0), 0.3
     sigma, variance = float(schedule(jnp.asarray(t)).sigma), np.array([0.3, 2.0])
-    law = oracles.gaussian(np.zeros(2), variance)
+    law = mixtures.gaussian(np.zeros(2), variance)
     total, e = variance + sigma**2, 2 * (0.16 * sigma) ** 2
     expected = total / (1 - e / (2 * total))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((20_000, 2)) * np.sqrt(expected))
     sampler = dj.langevin(schedule, 0.16, 100)
-    denoise = oracles.denoiser(law, schedule)
+    denoise = mixtures.denoiser(law, schedule)
 
     @jax.jit
     def go(key):
@@ -175,10 +175,10 @@ def test_ancestral_with_the_true_variance_is_exact_in_few_steps(problem):
     schedule = PROBLEMS[problem][0]
     times = jnp.linspace(0.9, 0.1, 9)
     single, _, apart = laws(D)
-    law = oracles.gaussian(single.means[0], single.variances[0])
+    law = mixtures.gaussian(single.means[0], single.variances[0])
     start, end = ([float(c) for c in schedule(t)] for t in (times[0], times[-1]))
-    x = jnp.asarray(oracles.draw(np.random.default_rng(2), oracles.marginal(law, *start), 4000), jnp.float32)
-    denoiser = oracles.denoiser(law, schedule, next_time=lambda t: t - 0.1)
+    x = jnp.asarray(mixtures.draw(np.random.default_rng(2), mixtures.marginal(law, *start), 4000), jnp.float32)
+    denoiser = mixtures.denoiser(law, schedule, next_time=lambda t: t - 0.1)
 
     @jax.jit
     def go(key):
@@ -186,9 +186,9 @@ def test_ancestral_with_the_true_variance_is_exact_in_few_steps(problem):
 
     learned, fixed = go(jax.random.key(0))
     directions = [np.eye(D)[0], apart / np.linalg.norm(apart)]
-    check_law(learned, oracles.marginal(law, *end), directions)
+    check_law(learned, mixtures.marginal(law, *end), directions)
     with pytest.raises(AssertionError, match="covariance off"):
-        check_law(fixed, oracles.marginal(law, *end), directions)
+        check_law(fixed, mixtures.marginal(law, *end), directions)
 
 
 # --- order of convergence, in float64, against the exact probability flow ---------------------------------------------
@@ -203,7 +203,7 @@ RANGES = {
 
 def at_scalar_time(law, schedule):
     """The denoiser as a step sees it."""
-    return lambda x, t: oracles.denoiser(law, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
+    return lambda x, t: mixtures.denoiser(law, schedule)(x, jnp.broadcast_to(t, x.shape[:1]))
 
 
 @pytest.mark.parametrize("problem", RANGES)
@@ -211,12 +211,12 @@ def at_scalar_time(law, schedule):
 def test_order_of_convergence(name, problem):
     schedule, high, low = RANGES[problem]
     sampler = SAMPLERS[name](schedule, high)
-    law = oracles.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
+    law = mixtures.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
     with jax.enable_x64(True):
         x = jnp.asarray(np.array([[1.0, -0.4, 0.3], [-0.7, 1.2, -1.5]]))
         denoise = at_scalar_time(law, schedule)
         step = jax.jit(lambda x, state, t, s: sampler.step(jax.random.key(0), x, state, t, s, denoise))
-        exact = oracles.flow(law, schedule, x, jnp.asarray(high), jnp.asarray(low))
+        exact = mixtures.flow(law, schedule, x, jnp.asarray(high), jnp.asarray(low))
         errors = []
         for n in (128, 256):
             times, y, state = np.linspace(high, low, n + 1), x, sampler.init(x)
@@ -243,8 +243,8 @@ def test_keys_traces_batches_and_ends(name):
     An example fills whole vector registers: of a loop's remainder XLA's CPU compiler rounds the last bit differently.
     """
     schedule, d, n = dj.cosine(), 16, 5
-    law = oracles.gaussian(np.full(d, 0.5), np.linspace(0.2, 0.9, d))
-    sampler, truth = everything(schedule)[name], oracles.denoiser(law, schedule)
+    law = mixtures.gaussian(np.full(d, 0.5), np.linspace(0.2, 0.9, d))
+    sampler, truth = everything(schedule)[name], mixtures.denoiser(law, schedule)
     traces = []
 
     def net(x, t, cond):
@@ -274,9 +274,9 @@ def test_keys_traces_batches_and_ends(name):
 
 
 def test_one_key_for_the_whole_batch_draws_different_examples():
-    law, schedule = oracles.gaussian(np.zeros(3), np.ones(3)), dj.cosine()
+    law, schedule = mixtures.gaussian(np.zeros(3), np.ones(3)), dj.cosine()
     x = jnp.zeros((4, 3))
-    y = dj.sample(jax.random.key(0), dj.ddpm(schedule), oracles.denoiser(law, schedule), x, dj.uniform(3))
+    y = dj.sample(jax.random.key(0), dj.ddpm(schedule), mixtures.denoiser(law, schedule), x, dj.uniform(3))
     assert len(np.unique(np.asarray(y)[:, 0])) == 4
 
 
@@ -313,10 +313,10 @@ def test_shape_does_not_change_the_numbers():
     schedule, rng = dj.vp_linear(), np.random.default_rng(0)
     mean, variance, noise = rng.normal(size=(2, 2, 3)), rng.uniform(0.1, 1, (2, 2, 3)), rng.normal(size=(4, 2, 2, 3))
     x = jnp.asarray(noise, jnp.float32)
-    image, flat = oracles.gaussian(mean, variance), oracles.gaussian(mean.ravel(), variance.ravel())
+    image, flat = mixtures.gaussian(mean, variance), mixtures.gaussian(mean.ravel(), variance.ravel())
 
     def run(law, x):
-        denoiser = oracles.denoiser(law, schedule)
+        denoiser = mixtures.denoiser(law, schedule)
         return jax.jit(lambda x: dj.sample(jax.random.key(0), dj.dpmpp_2m(schedule), denoiser, x, dj.uniform(5)))(x)
 
     np.testing.assert_allclose(run(image, x).reshape(4, -1), run(flat, x.reshape(4, -1)), rtol=1e-5, atol=1e-6)
@@ -325,11 +325,11 @@ def test_shape_does_not_change_the_numbers():
 def test_evaluations_are_counted():
     """One per step; two for Heun except where the noise ends, 2n - 1 on Karras's grid; one more per correction."""
     schedule, n, counter = dj.edm(), 6, []
-    law = oracles.gaussian(np.zeros(2), np.ones(2))
+    law = mixtures.gaussian(np.zeros(2), np.ones(2))
 
     def denoiser(x, t, cond):
         jax.debug.callback(lambda: counter.append(1))
-        return oracles.denoiser(law, schedule)(x, t)
+        return mixtures.denoiser(law, schedule)(x, t)
 
     expected = {
         "heun": 2 * n - 1,
@@ -348,11 +348,11 @@ def test_evaluations_are_counted():
 
 
 def test_velocity_prediction_at_both_ends_of_the_straight_line():
-    schedule, law = dj.rectified(), oracles.gaussian(np.array([0.5, -0.2]), np.array([0.3, 0.6]))
-    truth = oracles.denoiser(law, schedule)
+    schedule, law = dj.rectified(), mixtures.gaussian(np.array([0.5, -0.2]), np.array([0.3, 0.6]))
+    truth = mixtures.denoiser(law, schedule)
     denoiser = dj.parameterize(lambda x, t, c: dj.to_velocity(schedule, truth(x, t), t), schedule, "velocity")
     x = jnp.asarray([[1.0, -1.0], [0.3, 2.0]])
-    exact = oracles.flow(law, schedule, x, jnp.float32(1.0), jnp.float32(0.0))
+    exact = mixtures.flow(law, schedule, x, jnp.float32(1.0), jnp.float32(0.0))
     for sampler in (dj.euler(schedule), dj.heun(schedule), dj.ddim(schedule), dj.dpmpp_2m(schedule)):
         y = jax.jit(lambda s=sampler: dj.sample(jax.random.key(0), s, denoiser, x, dj.uniform(64)))()
         np.testing.assert_allclose(y, exact, atol=0.05)
@@ -360,8 +360,8 @@ def test_velocity_prediction_at_both_ends_of_the_straight_line():
 
 def test_bad_input():
     schedule, x, key = dj.edm(), jnp.ones((2, 3)), jax.random.key(0)
-    law = oracles.gaussian(np.zeros(3), np.ones(3))
-    denoiser = oracles.denoiser(law, schedule)
+    law = mixtures.gaussian(np.zeros(3), np.ones(3))
+    denoiser = mixtures.denoiser(law, schedule)
     for times in (jnp.ones(()), jnp.ones((1,)), jnp.ones((3, 2))):
         with pytest.raises(ValueError, match="times must be"):
             dj.sample(key, dj.ddim(schedule), denoiser, x, times)
@@ -436,7 +436,7 @@ def test_chain_of_one_and_churn_of_nothing():
 
 def posterior_mean(x, sigma):
     """E[x0 | x0 + sigma n = x] for LAW, in NumPy, for algorithms 1 and 2."""
-    w, m, v = LAW
+    w, m, v = LAW[:3]
     total = v + sigma**2
     logp = np.log(w) - 0.5 * np.sum((x[:, None] - m) ** 2 / total + np.log(total), axis=-1)
     r = np.exp(logp - logp.max(1, keepdims=True))
@@ -463,7 +463,7 @@ def test_heun_is_algorithm_1_of_edm(x64):
         expected = karras_step(expected, t, s)
     schedule = dj.edm()
     go = jax.jit(
-        lambda x, times: dj.sample(jax.random.key(0), dj.heun(schedule), oracles.denoiser(LAW, schedule), x, times)
+        lambda x, times: dj.sample(jax.random.key(0), dj.heun(schedule), mixtures.denoiser(LAW, schedule), x, times)
     )
     np.testing.assert_allclose(go(jnp.asarray(x), jnp.asarray(times)), expected, rtol=1e-9, atol=1e-12)
     assert np.max(np.abs(np.asarray(dj.karras(n), np.float64) - times)) < 1e-4
@@ -505,7 +505,7 @@ def test_langevin_step_is_the_formula(x64):
     x = jnp.asarray([[0.3, -1.0], [1.1, 0.4]])
     key = jax.random.key(5)
     z = np.asarray(dj.normal_like(jax.random.fold_in(key, 0), x))
-    score = np.asarray(jax.jit(lambda x: oracles.score(LAW, schedule, x, jnp.full(2, t)))(x))
+    score = np.asarray(jax.jit(lambda x: mixtures.score(LAW, schedule, x, jnp.full(2, t)))(x))
     e = 2 * (0.16 * float(schedule(jnp.asarray(t)).sigma)) ** 2
     got = one_step(dj.langevin(schedule, 0.16), schedule, x, t, 0.3, key)
     np.testing.assert_allclose(got, np.asarray(x) + e * score + np.sqrt(2 * e) * z, rtol=1e-10)
@@ -517,7 +517,7 @@ def test_langevin_step_is_the_formula(x64):
 def test_classifier_free(x64):
     """Scale 1 is conditional, 0 unconditional; linear in the scale; a function of t; consistent with x."""
     schedule, cond = dj.cosine(), jnp.asarray([0, 1, 1])
-    model = oracles.conditional(LAW, schedule)
+    model = mixtures.conditional(LAW, schedule)
     x, t = jnp.asarray([[0.3, -1.0], [1.1, 0.4], [0.0, 0.2]]), jnp.asarray([0.3, 0.5, 0.9])
 
     @jax.jit
@@ -554,7 +554,7 @@ def test_classifier_free_takes_any_tree_and_keeps_the_variance():
 
 def test_static_threshold_stays_consistent():
     schedule, x, t = dj.vp_linear(), jnp.asarray([[3.0, -0.2]]), jnp.asarray([0.2])
-    truth = oracles.denoiser(LAW, schedule)
+    truth = mixtures.denoiser(LAW, schedule)
     p, wide, plain, (alpha, sigma) = jax.jit(
         lambda x: (
             dj.static_threshold(truth, schedule, 0.4)(x, t, None),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import CASES
+from cases import CASES
 
 import diffusion_jax as dj
 
