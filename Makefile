@@ -1,5 +1,6 @@
 # make train                              the default experiment: digits, on any machine
 # make train EXP=cifar10 ARGS="width=64"  another one, with other arguments; ARGS=help lists them
+# make conformance                        every formula against its exact answer, as a table and pictures
 # make test                               the tests
 #
 # The environment is made in .venv from pinned versions the first time a target needs it. To use an interpreter that
@@ -20,11 +21,11 @@ PY = $(VENV)/bin/python
 READY = $(VENV)/ready
 endif
 
-.PHONY: help env train sample test test-long test-parity lint types bench lock clean
+.PHONY: help env train sample conformance test test-long test-parity lint types bench lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
-	@echo "targets: train sample test test-long test-parity lint types bench lock clean"
+	@echo "targets: train sample conformance test test-long test-parity lint types bench lock clean"
 
 env: $(READY)
 
@@ -40,6 +41,10 @@ $(VENV)/ready: $(LOCK) pyproject.toml
 
 train sample: $(READY)
 	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
+
+# A table and pictures in runs/conformance, or in ARGS="out=FOLDER".
+conformance: $(READY)
+	@$(PY) -m conformance $(ARGS)
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

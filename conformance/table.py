@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 import diffusion_jax as dj
-from diffusion_jax.typing import Array, Noise, Sampler, Schedule
+from diffusion_jax.samplers import exponential, singlestep
+from diffusion_jax.samplers.ancestral import analytic_dpm, euler_ancestral
+from diffusion_jax.samplers.few_step import consistency, jump, undershoot
+from diffusion_jax.samplers.flow import adaptive, dpm_2, midpoint
+from diffusion_jax.samplers.langevin import annealed_langevin
+from diffusion_jax.samplers.stochastic import euler_maruyama, restart, reverse_diffusion
+from diffusion_jax.typing import Array, Cond, FlowMap, Noise, Sampler, Schedule
 
 
 class Problem(NamedTuple):
@@ -36,16 +44,37 @@ class Entry(NamedTuple):
 
     order: of the error of the probability flow for a deterministic sampler, of the law (weak order) for a random one;
         None where no order is claimed, and `remark` says why.
-    evaluations: of the denoiser in a step in the middle of the grid.
+    evaluations: of the denoiser in a step in the middle of the grid; None where they depend on x.
     problem: where order is measured.
+    ends: a problem at both of whose times, without signal and without noise, the sampler is finite.
+    law: whether many steps reach the data's law; False where the denoiser has to be something else, see `remark`.
+    independent: whether an example is bit-identical in any batch.
     """
 
     make: Callable[[Problem, Noise], Sampler]
     order: float | None
-    evaluations: int = 1
+    evaluations: int | None = 1
     random: bool = False
     problem: str = "vp_linear"
     remark: str = ""
+    ends: str = "cosine"
+    law: bool = True
+    independent: bool = True
+
+
+def _mmse(schedule: Schedule) -> Callable[[Array], Array]:
+    """e(t) of Gaussian data with variance 1/2."""
+    return lambda t: 0.5 * schedule(t).sigma ** 2 / (0.5 * schedule(t).alpha ** 2 + schedule(t).sigma ** 2)
+
+
+def _flow_map(schedule: Schedule) -> FlowMap:
+    """The flow of standard normal data."""
+
+    def move(x: Array, t: Array, s: Array, cond: Cond = None) -> Array:
+        norm_t, norm_s = (jnp.hypot(*schedule(time)) for time in (t, s))
+        return dj.bcast(norm_s / norm_t, x) * x
+
+    return move
 
 
 SAMPLERS: dict[str, Entry] = {
@@ -54,12 +83,58 @@ SAMPLERS: dict[str, Entry] = {
     "ddim_half": Entry(lambda p, noise: dj.ddim(p.schedule, 0.5, noise), 1, random=True),
     "ddpm_small": Entry(lambda p, noise: dj.ddpm(p.schedule, "small", noise), 1, random=True),
     "ddpm_large": Entry(lambda p, noise: dj.ddpm(p.schedule, "large", noise), 1, random=True),
+    "ancestral": Entry(lambda p, noise: dj.ancestral(p.schedule, noise), 1, random=True),
+    "analytic_dpm": Entry(lambda p, noise: analytic_dpm(p.schedule, _mmse(p.schedule), noise=noise), 1, random=True),
+    "analytic_ddim": Entry(lambda p, noise: analytic_dpm(p.schedule, _mmse(p.schedule), 0.0, noise), 1, random=True),
+    "euler_ancestral": Entry(lambda p, noise: euler_ancestral(p.schedule, noise=noise), 1, random=True),
     # probability flow
     "euler": Entry(lambda p, noise: dj.euler(p.schedule), 1),
     "heun": Entry(lambda p, noise: dj.heun(p.schedule), 2, 2),
+    "midpoint": Entry(lambda p, noise: midpoint(p.schedule), 2, 2),
+    "dpm_2": Entry(lambda p, noise: dpm_2(p.schedule), 2, 2),
+    "dpm_2_ancestral": Entry(lambda p, noise: dpm_2(p.schedule, 1.0, noise), 1, 2, random=True),
+    "adaptive": Entry(
+        lambda p, noise: adaptive(p.schedule, 1e-4, 1e-4),
+        None,
+        None,
+        remark="its error follows the tolerance, not the grid",
+        independent=False,
+    ),
     # exponential integrators
+    "dpm_solver_2": Entry(lambda p, noise: singlestep.dpm_solver_2(p.schedule), 2, 2),
+    "dpm_solver_3": Entry(lambda p, noise: singlestep.dpm_solver_3(p.schedule), 3, 3),
+    "dpmpp_2s": Entry(lambda p, noise: singlestep.dpmpp_2s(p.schedule), 2, 2),
+    "dpmpp_3s": Entry(lambda p, noise: singlestep.dpmpp_3s(p.schedule), 3, 3),
+    "dpmpp_2s_sde": Entry(lambda p, noise: singlestep.dpmpp_2s_sde(p.schedule, noise=noise), 2, 2, random=True),
     "dpmpp_2m": Entry(lambda p, noise: dj.dpmpp_2m(p.schedule), 2),
+    "dpmpp_3m": Entry(lambda p, noise: exponential.dpmpp_3m(p.schedule), 3),
+    "dpmpp_2m_sde": Entry(lambda p, noise: exponential.dpmpp_2m_sde(p.schedule, noise=noise), 2, random=True),
+    "dpmpp_3m_sde": Entry(lambda p, noise: exponential.dpmpp_3m_sde(p.schedule, noise=noise), 2, random=True),
+    "exponential_ab_2": Entry(lambda p, noise: exponential.exponential_ab(p.schedule, 2), 2),
+    "exponential_ab_3": Entry(lambda p, noise: exponential.exponential_ab(p.schedule, 3), 3),
+    "unipc_1_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 1, "bh1"), 2),
+    "unipc_1_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 1, "bh2"), 2),
+    "unipc_2_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh1"), 3),
+    "unipc_2_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh2"), 3),
+    "unipc_3_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh1"), 4),
+    "unipc_3_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh2"), 4),
+    "deis_1": Entry(lambda p, noise: exponential.deis(p.schedule, 1), 1),
+    "deis_2": Entry(lambda p, noise: exponential.deis(p.schedule, 2), 2),
+    "deis_3": Entry(lambda p, noise: exponential.deis(p.schedule, 3), 3),
+    "deis_4": Entry(lambda p, noise: exponential.deis(p.schedule, 4), 4),
+    "sa_solver_2_2": Entry(lambda p, noise: exponential.sa_solver(p.schedule, 2, 2, noise=noise), 2, random=True),
+    "sa_solver_3_4": Entry(lambda p, noise: exponential.sa_solver(p.schedule, 3, 4, noise=noise), 2, random=True),
+    "sa_solver_ode": Entry(lambda p, noise: exponential.sa_solver(p.schedule, 3, 3, 0.0), 3),
     # stochastic
+    "euler_maruyama": Entry(lambda p, noise: euler_maruyama(p.schedule, noise), 1, random=True, ends="vp_linear"),
+    "reverse_diffusion": Entry(lambda p, noise: reverse_diffusion(p.schedule, noise), 1, random=True),
+    "restart_heun": Entry(
+        lambda p, noise: restart(dj.heun(p.schedule), p.schedule, p.top * jnp.linspace(0.8, 0.5, 7), 2),
+        None,
+        2,
+        random=True,
+        remark="the grid of the restart interval is fixed",
+    ),
     "churn_heun": Entry(
         lambda p, noise: dj.churn(dj.heun(p.schedule), p.schedule, 0.05, 0.0, p.top, p.top, noise=1.0),
         None,
@@ -68,11 +143,48 @@ SAMPLERS: dict[str, Entry] = {
         remark="a fixed rate of noise a step has no limit",
     ),
     # Langevin
+    "annealed_langevin": Entry(
+        lambda p, noise: annealed_langevin(p.schedule, 0.01, 1.0, 2),
+        None,
+        2,
+        random=True,
+        remark="stays at t: as the levels fall it needs many steps at each to follow",
+        law=False,
+    ),
+    "predictor_corrector": Entry(
+        lambda p, noise: dj.chain(dj.langevin(p.schedule, 0.05), reverse_diffusion(p.schedule, noise)),
+        None,
+        2,
+        random=True,
+        remark="the corrector's bias depends on its step size, not on the grid",
+    ),
     "langevin_ddim": Entry(
         lambda p, noise: dj.chain(dj.langevin(p.schedule, 0.05), dj.ddim(p.schedule)),
         None,
         2,
         random=True,
         remark="the corrector's bias depends on its step size, not on the grid",
+    ),
+    # few steps
+    "consistency": Entry(
+        lambda p, noise: consistency(p.schedule, noise=noise),
+        None,
+        random=True,
+        remark="exact in any number of steps for an exact consistency function, which a denoiser is not",
+        law=False,
+    ),
+    "tcd": Entry(
+        lambda p, noise: undershoot(dj.ddim(p.schedule), p.schedule, 0.3),
+        None,
+        random=True,
+        remark="exact if DDIM from t to any earlier time is; a denoiser's is not",
+        law=False,
+    ),
+    "jump": Entry(
+        lambda p, noise: jump(_flow_map(p.schedule)),
+        None,
+        0,
+        remark="the flow map of standard normal data: exact for it alone",
+        law=False,
     ),
 }

@@ -8,6 +8,11 @@ With the prediction (x0, eps) at x_t:
 
 with z standard normal and var_ts the variance of q(x_t | x_s). (1) at eta = 1 is (2) with the smaller variance, and
 at eta = 0 it is Euler's method for the probability flow in the time sigma / alpha, and DPM-Solver-1.
+
+The mean of (1) is linear in x0, with x_t fixed, so what is not known of x0 adds to the variance of x_s. With its mean
+squared error per coordinate, e(t) = E|x0 - E[x0|x_t]|^2 / d, the best isotropic variance is
+
+    analytic-DPM: c^2 + (alpha_s - sqrt(sigma_s^2 - c^2) alpha_t / sigma_t)^2 e(t)           (3)
 """
 
 from __future__ import annotations
@@ -15,31 +20,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
-from diffusion_jax.forward import q_posterior, transition, variance_bounds
-from diffusion_jax.ops import bcast
+from diffusion_jax.forward import q_posterior, q_sample, transition, variance_bounds
+from diffusion_jax.ops import bcast, fold, normal_like
 from diffusion_jax.samplers.driver import memoryless
 from diffusion_jax.samplers.noise import white
 from diffusion_jax.schedules import logsnr
-from diffusion_jax.typing import Array, Denoise, Key, Noise, Prediction, Sampler, Schedule
+from diffusion_jax.typing import Array, Cond, Denoise, Denoiser, Key, Noise, Prediction, Sampler, Schedule
 
 
 def ddim(schedule: Schedule, eta: float = 0.0, noise: Noise = white) -> Sampler:
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16), eq. (1) above: deterministic at eta = 0."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"ddim: eta must be in [0, 1], got {eta}")
+    in_unit_interval("ddim", eta)
 
     def step(key: Key, x: Array, state: tuple, t: Array, s: Array, denoise: Denoise) -> tuple[Array, tuple]:
         p = denoise(x, t)
-        alpha, sigma = schedule(s)
-        share = -jnp.expm1(logsnr(schedule, t) - logsnr(schedule, s))  # var_ts / sigma_t^2
-        y = bcast(alpha, x) * p.x0 + bcast(sigma * jnp.sqrt(1 - eta**2 * share), x) * p.eps
-        if eta:
-            y = y + bcast(eta * sigma * jnp.sqrt(share), x) * noise(key, x, t, s)
-        return y, state
+        keep, shake = split_noise(schedule, t, s, eta)
+        y = bcast(schedule(s).alpha, x) * p.x0 + bcast(keep, x) * p.eps
+        return (y + bcast(shake, x) * noise(key, x, t, s) if eta else y), state
 
     return memoryless(step)
+
+
+def euler_ancestral(schedule: Schedule, eta: float = 1.0, noise: Noise = white) -> Sampler:
+    """Ancestral Euler of k-diffusion (Crowson 2022), which is `ddim` under another name.
+
+    There, with noise levels sigma / alpha written sigma, it goes by an Euler step down to sqrt(sigma_s^2 - sigma_up^2) and
+    adds sigma_up z, sigma_up = eta sigma_s sqrt(sigma_t^2 - sigma_s^2) / sigma_t: eq. (1) with c = alpha_s sigma_up.
+    """
+    return ddim(schedule, eta, noise)
 
 
 def ddpm(schedule: Schedule, variance: Literal["small", "large"] = "small", noise: Noise = white) -> Sampler:
@@ -72,6 +83,55 @@ def ancestral(schedule: Schedule, noise: Noise = white) -> Sampler:
         return jnp.exp((v * upper + (1 - v) * jnp.maximum(lower, -80.0)) / 2)
 
     return _ancestral(schedule, std, noise)
+
+
+def analytic_dpm(schedule: Schedule, mmse: Callable[[Array], Array], eta: float = 1.0, noise: Noise = white) -> Sampler:
+    """Analytic-DPM, eq. (3): the best isotropic variance for the steps of `ddim(schedule, eta)`.
+
+    Bao et al. 2022, arXiv:2201.06503, theorem 1, where e(t) = (sigma_t / alpha_t)^2 (1 - E|eps|^2 / d). `mmse` is e, a
+    function of scalar t; `estimate_mmse` measures it, for an imperfect denoiser too. Exact in any number of steps for
+    Gaussian data of covariance v I, where e(t) = v sigma_t^2 / (alpha_t^2 v + sigma_t^2). Unlike in the paper the last
+    step, to sigma_s = 0, draws as well: what is left of e(t) belongs to the law.
+    """
+    in_unit_interval("analytic_dpm", eta)
+
+    def step(key: Key, x: Array, state: tuple, t: Array, s: Array, denoise: Denoise) -> tuple[Array, tuple]:
+        p, (a_t, s_t), a_s = denoise(x, t), schedule(t), schedule(s).alpha
+        keep, shake = split_noise(schedule, t, s, eta)
+        std = jnp.sqrt(shake**2 + (a_s - keep * a_t / s_t) ** 2 * mmse(t))
+        return bcast(a_s, x) * p.x0 + bcast(keep, x) * p.eps + bcast(std, x) * noise(key, x, t, s), state
+
+    return memoryless(step)
+
+
+def estimate_mmse(
+    key: Key, schedule: Schedule, denoiser: Denoiser, x0: Array, times: Array, cond: Cond = None
+) -> Callable[[Array], Array]:
+    """e(t) = E|x0 - denoiser's x0|^2 / d of eq. (3), measured on data x0: f32[b *d] at each of times: f32[n].
+
+    Between the times, which may come in any order, e is linear in t; beyond them it is that of the nearest one.
+    """
+
+    def error(i_t: tuple[Array, Array]) -> Array:
+        i, t = i_t
+        ts = jnp.broadcast_to(t, x0.shape[:1])
+        x = q_sample(schedule, x0, ts, normal_like(fold(key, i), x0))
+        return jnp.mean((x0 - denoiser(x, ts, cond).x0).astype(t.dtype) ** 2)
+
+    errors = jax.lax.map(error, (jnp.arange(times.shape[0]), times))
+    order = jnp.argsort(times)
+    return lambda t: jnp.interp(t, times[order], errors[order])
+
+
+def split_noise(schedule: Schedule, t: Array, s: Array, eta: float) -> tuple[Array, Array]:
+    """sqrt(sigma_s^2 - c^2) and c of (1), scalars."""
+    sigma, share = schedule(s).sigma, -jnp.expm1(logsnr(schedule, t) - logsnr(schedule, s))  # var_ts / sigma_t^2
+    return sigma * jnp.sqrt(1 - eta**2 * share), eta * sigma * jnp.sqrt(share)
+
+
+def in_unit_interval(name: str, eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"{name}: eta must be in [0, 1], got {eta}")
 
 
 def _ancestral(schedule: Schedule, std: Callable[[Prediction, Array, Array], Array], noise: Noise) -> Sampler:

@@ -1,17 +1,30 @@
-r"""Langevin dynamics.
+r"""Langevin dynamics, with the score of a noise level or with any score.
 
-x <- x + e score + sqrt(2 e) z                                                           (1)
+    x <- x + e score(x) + sqrt(2 e) z                                                        (1)
+
+leaves N(0, V) at V / (1 - e / (2 V)), for any fixed e < 2 V. With a velocity v ~ N(0, I), friction gamma and step h,
+
+    dx = v dt,   dv = score(x) dt - gamma v dt + sqrt(2 gamma) dw                            (2)
+
+is split into B, v += h/2 score; A, x += h/2 v; and O, v <- c v + sqrt(1 - c^2) z with c = e^(-gamma h). In the order
+BAOAB the stationary law of x is exact for Gaussians at any stable h < 2 sqrt(V), and that of v is not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from diffusion_jax.ops import bcast, fold, normal_like
 from diffusion_jax.predictions import to_score
 from diffusion_jax.samplers.driver import memoryless
 from diffusion_jax.typing import Array, Denoise, Key, Sampler, Schedule
+
+Score = Callable[[Array], Array]
+"""(x: f32[b *d]) -> gradient of the log density, f32[b *d]."""
 
 
 def langevin(schedule: Schedule, snr: float = 0.16, steps: int = 1) -> Sampler:
@@ -27,11 +40,56 @@ def langevin(schedule: Schedule, snr: float = 0.16, steps: int = 1) -> Sampler:
 
     def step(key: Key, x: Array, state: tuple, t: Array, s: Array, denoise: Denoise) -> tuple[Array, tuple]:
         e = 2 * (snr * schedule(t).sigma) ** 2
-
-        def body(x: Array, i: Array) -> tuple[Array, None]:
-            z, score = normal_like(fold(key, i), x), to_score(schedule, denoise(x, t), t)
-            return x + bcast(e, x) * score + bcast(jnp.sqrt(2 * e), x) * z, None
-
-        return jax.lax.scan(body, x, jnp.arange(steps))[0], state
+        return langevin_dynamics(key, lambda x: to_score(schedule, denoise(x, t), t), x, e, steps), state
 
     return memoryless(step)
+
+
+def annealed_langevin(schedule: Schedule, epsilon: float = 2e-5, last: float = 0.01, steps: int = 100) -> Sampler:
+    """Annealed Langevin dynamics of noise-conditional score networks (Song & Ermon 2019, arXiv:1907.05600, algorithm 1).
+
+    `steps` of (1) at each level but the grid's last, which is not visited, with the paper's alpha_i = 2 e =
+    epsilon sigma_t^2 / last^2: `langevin` with snr = sqrt(epsilon) / (2 last). The defaults are the paper's, where
+    `last` is the smallest of ten levels of `ve(0.01, 1.0)`.
+    """
+    if epsilon <= 0 or last <= 0:
+        raise ValueError(f"annealed_langevin: epsilon and last must be positive, got {epsilon}, {last}")
+    return langevin(schedule, epsilon**0.5 / (2 * last), steps)
+
+
+def langevin_dynamics(key: Key, score: Score, x: Array, step: ArrayLike, n: int) -> Array:
+    """n steps (1) of unadjusted Langevin dynamics from x: f32[b *d], with e = `step`; f32[b *d].
+
+    Draw i comes from fold_in(key, i), per example if key is `[b]`.
+    """
+    e = jnp.asarray(step)
+
+    def body(x: Array, i: Array) -> tuple[Array, None]:
+        return x + bcast(e, x) * score(x) + bcast(jnp.sqrt(2 * e), x) * normal_like(fold(key, i), x), None
+
+    return jax.lax.scan(body, x, jnp.arange(n))[0]
+
+
+def underdamped_langevin(
+    key: Key, score: Score, x: Array, step: ArrayLike, n: int, friction: ArrayLike = 1.0
+) -> tuple[Array, Array]:
+    """n steps BAOAB of underdamped Langevin dynamics (2), from x: f32[b *d] and a fresh velocity; (x, v), each f32[b *d].
+
+    Leimkuhler & Matthews 2013, arXiv:1203.5428; one score a step. (2) is the dynamics that critically damped Langevin
+    diffusion has for its forward process (Dockhorn et al. 2022, arXiv:2112.07068).
+    """
+    h, c = jnp.asarray(step), jnp.exp(-jnp.asarray(friction) * jnp.asarray(step))
+    half, keep, shake = bcast(h / 2, x), bcast(c, x), bcast(jnp.sqrt(1 - c**2), x)
+
+    def body(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], None]:
+        x, v, force = carry
+        v = v + half * force
+        x = x + half * v
+        v = keep * v + shake * normal_like(fold(key, i), x)
+        x = x + half * v
+        force = score(x)
+        return (x, v + half * force, force), None
+
+    v = normal_like(fold(key, n), x)
+    x, v, _ = jax.lax.scan(body, (x, v, score(x)), jnp.arange(n))[0]
+    return x, v

@@ -1,0 +1,406 @@
+r"""Measures of one sampler against exact answers: orders, laws, evaluations, compilations.
+
+In one dimension the probability flow keeps the order of points, so between the distribution functions F_t and F_s
+of the marginals it is
+
+    x_s = F_s^-1(F_t(x_t))                                                                   (1)
+
+which gives the error of a deterministic sampler on a mixture of Gaussians, point by point. On Gaussian data every
+sampler is affine in where it starts and in the normal noise it is given,
+
+    x_0 = c + A x_T + sum_i B_i z_i                                                          (2)
+
+so that, with one example of a batch for each coefficient, mean c + A E[x_T] and variance A^2 Var x_T + sum_i B_i^2 of a
+random sampler follow without any drawing: its error is the Wasserstein-2 distance of two Gaussians.
+
+The law of n float32 examples is compared with a mixture's by the mean, the covariance, Kolmogorov and Smirnov's
+distance on projections, and the maximum mean discrepancy over m random Fourier features (Rahimi & Recht 2007)
+
+    MMD^2 = 1/m sum_j (1/n sum_i f_j(x_i) - E f_j)^2,   f_j(x) = sqrt(2) cos(<w_j, x> + b_j)   (3)
+
+whose expectations and covariances are the mixture's characteristic function, so that its null distribution, a weighted
+sum of chi-squares, is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+import diffusion_jax as dj
+from conformance.table import PROBLEMS, SAMPLERS, Entry
+from diffusion_jax.evaluation import mixtures
+from diffusion_jax.evaluation.mixtures import Mixture
+from diffusion_jax.typing import Array, Denoiser, Noise, Schedule
+
+LINE = Mixture(np.array([0.3, 0.7]), np.array([[-1.0], [0.8]]), np.array([[0.1], [0.2]]))
+GAUSSIAN = Mixture(np.array([0.5, 0.5]), np.full((2, 1), 0.5), np.full((2, 1), 0.25))  # two equal components
+BELLS = mixtures.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
+
+# Where the order is measured: inside, no coefficient is singular and the flow has work to do.
+INTERVALS = {"vp_linear": (0.9, 0.1), "rectified": (0.95, 0.1), "cosine": (0.95, 0.1), "edm": (3.0, 0.2)}
+DOUBLINGS = (8, 16, 32, 64, 128, 256, 512)
+FLOOR = 1e-11  # below, rounding shows
+COUNTS = sorted({round(2 ** (i / 4)) for i in range(41)})  # 1, 2, 3, 4, 5, 6, 7, 8, 10, ... 1024 steps
+TOLERANCES = (1e-2, 1e-3)
+LEVEL = 0.01
+TESTS = ("mean", "covariance", "ks", "mmd")
+EXAMPLES = {"1-D": 4000, "64-D": 2000}
+STEPS = 1000  # of evaluations where the law is compared; a quarter where the order is two or more
+
+
+@functools.cache
+def space() -> Mixture:
+    """A mixture in 64 dimensions with rotated covariances of different scales."""
+    rng, d = np.random.default_rng(0), 64
+    basis = np.stack([np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(2)])
+    apart = rng.standard_normal(d)
+    apart *= 1.5 / np.linalg.norm(apart)
+    variances = np.stack([np.geomspace(0.1, 1.0, d), np.geomspace(0.05, 0.5, d)])
+    return Mixture(np.array([0.3, 0.7]), np.stack([apart, -apart]), variances, basis)
+
+
+# --- exact answers ----------------------------------------------------------------------------------------------------
+
+
+def at(mixture: Mixture, schedule: Schedule, t: float) -> Mixture:
+    """The law of x_t."""
+    return mixtures.marginal(mixture, *(float(c) for c in schedule(jnp.asarray(t))))
+
+
+def quantile(mixture: Mixture, p: np.ndarray) -> np.ndarray:
+    """F^-1(p): f64[n], of a mixture in one dimension, by bisection."""
+    cdf = mixtures.projected_cdf(mixture, np.ones(1))
+    mean, std = np.ravel(mixture.means), np.sqrt(np.ravel(mixture.variances))
+    low, high = np.full_like(p, (mean - 40 * std).min()), np.full_like(p, (mean + 40 * std).max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        below = cdf(middle) < p
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+def quantile_map(mixture: Mixture, schedule: Schedule, x: np.ndarray, t: float, s: float) -> np.ndarray:
+    """Eq. (1): the exact probability flow of a mixture in one dimension from t to s, x: f64[n]."""
+    return quantile(at(mixture, schedule, s), mixtures.projected_cdf(at(mixture, schedule, t), np.ones(1))(x))
+
+
+def exact(mixture: Mixture, schedule: Schedule) -> Denoiser:
+    """The exact denoiser; its reverse variance, for samplers that read one, in the middle between the bounds."""
+    denoiser = mixtures.denoiser(mixture, schedule)
+    return lambda x, t, cond=None: denoiser(x, t, cond)._replace(variance_fraction=jnp.full_like(x, 0.5))
+
+
+@functools.cache
+def fine_grid(problem: str) -> np.ndarray:
+    return np.asarray(PROBLEMS[problem].grid(4096), np.float64)
+
+
+def grid(problem: str, n: int) -> np.ndarray:
+    """A problem's grid f64[n + 1] without compiling it anew for each n: every grid is one function of i / n."""
+    fine = fine_grid(problem)
+    return np.interp(np.arange(n + 1) / n, np.linspace(0, 1, len(fine)), fine)
+
+
+# --- orders and evaluations needed ------------------------------------------------------------------------------------
+
+
+class Counts(NamedTuple):
+    """What ran: the number of the step, once for each evaluation, and with that of the draw for each draw of noise."""
+
+    evaluations: list[int]
+    draws: list[tuple[int, int]]
+
+
+def kick(counts: Counts, kicks: int, i: Array) -> Noise:
+    """Noise whose j-th draw in step i is 0 but in example 3 + kicks i + j, where it is 1: eq. (2)."""
+    drawn = itertools.count()
+
+    def noise(key: Array, x: Array, t: Array, s: Array) -> Array:
+        j = next(drawn)
+        jax.debug.callback(lambda i: counts.draws.append((int(i), j)), i)
+        hit = jnp.arange(x.shape[0]) == 3 + kicks * i + j
+        return jnp.broadcast_to(hit[:, None], x.shape).astype(x.dtype)
+
+    return noise
+
+
+def runner(entry: Entry, kicks: int) -> tuple[Callable[..., np.ndarray], Counts]:
+    """(law, x, times f[n + 1]) -> x at times[-1], compiled once for all n up to `COUNTS[-1]`, and what it counts."""
+    problem, counts = PROBLEMS[entry.problem], Counts([], [])
+
+    @jax.jit
+    def loop(law: Mixture, x: Array, times: Array, n: Array) -> Array:
+        def body(i: Array, now: tuple[Array, Any]) -> tuple[Array, Any]:
+            def denoise(x: Array, t: Array) -> dj.Prediction:
+                jax.debug.callback(lambda i: counts.evaluations.append(int(i)), i)
+                return exact(law, problem.schedule)(x, jnp.broadcast_to(t, x.shape[:1]), None)
+
+            (x, state), key = now, jax.random.fold_in(jax.random.key(0), i)
+            sampler = entry.make(problem, kick(counts, kicks, i))
+            return sampler.step(key, x, state, times[i], times[i + 1], denoise)
+
+        return jax.lax.fori_loop(0, n, body, (x, entry.make(problem, dj.white).init(x)))[0]
+
+    def run(law: Mixture, x: np.ndarray, times: np.ndarray) -> np.ndarray:
+        counts.evaluations.clear()
+        counts.draws.clear()
+        padded = np.pad(times, (0, COUNTS[-1] + 1 - len(times)), mode="edge")
+        y = np.asarray(loop(jax.tree.map(np.asarray, law), x, padded, len(times) - 1))
+        jax.effects_barrier()
+        return y
+
+    return run, counts
+
+
+def draws_per_step(entry: Entry) -> int:
+    """How often a step calls `noise`, by tracing it."""
+    problem, drawn = PROBLEMS[entry.problem], []
+
+    def noise(key: Array, x: Array, t: Array, s: Array) -> Array:
+        drawn.append(1)
+        return x
+
+    def step(x: Array, t: Array) -> Any:
+        sampler = entry.make(problem, noise)
+        return sampler.step(jax.random.key(0), x, sampler.init(x), t, t / 2, lambda x, t: dj.Prediction(x, x, x))
+
+    jax.eval_shape(step, jnp.zeros((1, 1)), jnp.ones(()))
+    return len(drawn)
+
+
+def interval(entry: Entry, n: int) -> np.ndarray:
+    """n steps over the interval where the order is measured, the first of length O(n^-2).
+
+    So the low order in which a multistep method starts is not seen, and neighbouring steps differ in length.
+    """
+    top = PROBLEMS[entry.problem].top
+    high, low = INTERVALS.get(entry.problem, (0.9 * top, 0.1 * top))
+    return high - (high - low) * (np.arange(n + 1) / n) ** 2
+
+
+def flow_error(run: Callable, entry: Entry, times: np.ndarray) -> float:
+    """Error of a deterministic sampler against eq. (1): root mean square over quantiles, in the data's std."""
+    schedule, p = PROBLEMS[entry.problem].schedule, np.linspace(0.02, 0.98, 33)
+    x, exact = (quantile(at(LINE, schedule, t), p) for t in (times[0], times[-1]))
+    error = run(LINE, x[:, None], times)[:, 0] - exact
+    return float(np.sqrt(np.mean(error**2) / mixtures.moments(LINE)[1].item()))
+
+
+def law_error(run: Callable, entry: Entry, kicks: int, times: np.ndarray) -> float:
+    """Wasserstein-2 distance of a sampler's law by eq. (2) from the exact one, on Gaussian data, in the data's std.
+
+    nan for a sampler that is not affine in its start and in the noise it is given: then the third example, which
+    starts opposite to the second one, does not stay there.
+    """
+    schedule = PROBLEMS[entry.problem].schedule
+    start, end = (at(BELLS, schedule, t) for t in (times[0], times[-1]))
+    rows = np.zeros((3 + kicks * COUNTS[-1], 1))
+    rows[1:3, 0] = 1, -1
+    y = run(BELLS, start.means + rows * np.sqrt(start.variances), times)
+    centred = y - y[0]
+    if np.abs(centred[1] + centred[2]).max() > 1e-9:
+        return float("nan")
+    std = np.sqrt(centred[1] ** 2 + np.sum(centred[3:] ** 2, axis=0))
+    squared = (y[0] - end.means[0]) ** 2 + (std - np.sqrt(end.variances[0])) ** 2
+    return float(np.sqrt(squared.sum() / BELLS.variances.sum()))
+
+
+def slope(errors: dict[int, float]) -> float | None:
+    """Order of convergence: the slope of log error over the last three numbers of steps above rounding error."""
+    clear = [(n, e) for n, e in errors.items() if e > FLOOR][-3:]
+    if len(clear) < 3:
+        return None
+    steps, left = np.log(np.array(clear)).T
+    return -float(np.polyfit(steps, left, 1)[0])
+
+
+def measure_errors(entry: Entry) -> dict[str, Any]:
+    """In float64: orders, evaluations of a step in the middle, and those needed on the problem's own grid."""
+    with jax.enable_x64(True):
+        run, counts = runner(entry, kicks := draws_per_step(entry))
+        gaussian = functools.partial(law_error, run, entry, kicks)
+        error = gaussian if entry.random else functools.partial(flow_error, run, entry)
+        errors = {n: error(interval(entry, n)) for n in DOUBLINGS}
+        again = len(counts.draws) > len(set(counts.draws))  # in an inner loop, whose draws eq. (2) cannot tell apart
+        middle = counts.evaluations.count(DOUBLINGS[-1] // 2)
+        if entry.random and (again or not kicks or np.isnan(errors[DOUBLINGS[-1]])):
+            return {"evaluations": middle, "order": None, "order_gaussian": None, "needed": {}}
+        on_gaussian = errors if entry.random else {n: gaussian(interval(entry, n)) for n in DOUBLINGS}
+        needed = evaluations_needed(error, entry, counts)
+    orders = {"order": slope(errors), "order_gaussian": slope(on_gaussian)}
+    return {"evaluations": middle, "errors": errors, "errors_gaussian": on_gaussian} | orders | needed
+
+
+def evaluations_needed(error: Callable, entry: Entry, counts: Counts) -> dict[str, Any]:
+    """The fewest evaluations, over `COUNTS` steps of the problem's grid, with an error below each tolerance."""
+    curve = []
+    for n in COUNTS:
+        found = error(grid(entry.problem, n))
+        curve.append((len(counts.evaluations), found))
+        if found < min(TOLERANCES):
+            break
+    return {"needed": {str(tol): next((k for k, e in curve if e < tol), None) for tol in TOLERANCES}, "curve": curve}
+
+
+# --- laws -------------------------------------------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """A law to compare examples with: directions f[m d], and eq. (3)'s features with 20,000 draws of n MMD^2."""
+
+    law: Mixture
+    directions: np.ndarray
+    frequencies: np.ndarray
+    phases: np.ndarray
+    expected: np.ndarray
+    null: np.ndarray
+
+
+def make_probe(law: Mixture, features: int = 128) -> Probe:
+    """Frequencies of a Gaussian kernel as wide as the law, and what the characteristic function says of eq. (3).
+
+    E cos(<w, x> + b) = sum_k w_k exp(-w^T C_k w / 2) cos(<w, m_k> + b), and a product of two cosines is half the sum
+    of the cosines of difference and sum.
+    """
+    mean, covariance = mixtures.moments(law)
+    rng, d = np.random.default_rng(0), len(mean)
+    w, b = rng.standard_normal((features, d)) / np.sqrt(np.trace(covariance)), rng.uniform(0, 2 * np.pi, features)
+
+    def expectation(w: np.ndarray, b: np.ndarray) -> Any:
+        shares, means = law.weights / np.sum(law.weights), np.reshape(law.means, (-1, d))
+        each = zip(shares, means, mixtures.covariances(law), strict=True)
+        return sum(share * np.exp(-np.sum(w @ c * w, axis=-1) / 2) * np.cos(w @ m + b) for share, m, c in each)
+
+    expected = np.sqrt(2) * expectation(w, b)
+    pairs = expectation(w[:, None] - w, b[:, None] - b) + expectation(w[:, None] + w, b[:, None] + b)
+    spectrum = np.clip(np.linalg.eigvalsh(pairs - np.outer(expected, expected)), 0, None)
+    null = rng.chisquare(1, (20_000, features)) @ spectrum / features
+    lines = np.ones((1, 1)) if d == 1 else np.stack([law.means[0] - law.means[-1], *rng.standard_normal((7, d))])
+    return Probe(law, lines / np.linalg.norm(lines, axis=1, keepdims=True), w, b, expected, null)
+
+
+@functools.cache
+def probe_of(dimension: str, problem: str) -> Probe:
+    """The law at the end of a problem's grid."""
+    law = LINE if dimension == "1-D" else space()
+    return make_probe(at(law, PROBLEMS[problem].schedule, float(grid(problem, 1)[-1])))
+
+
+def mmd_p(x: np.ndarray, probe: Probe) -> float:
+    gaps = np.mean(np.sqrt(2) * np.cos(x @ probe.frequencies.T + probe.phases), axis=0) - probe.expected
+    return float(np.mean(probe.null >= len(x) * np.mean(gaps**2)))
+
+
+def covariance_p(white: np.ndarray) -> float:
+    """Of whitened examples: every entry of the second moment, and its trace, within standard errors."""
+    n, d = white.shape
+    second, fourth = white.T @ white / n, (white**2).T @ white**2 / n
+    entries = np.abs(second - np.eye(d)) / np.sqrt((fourth - second**2) / n)
+    norms = np.sum(white**2, axis=1)
+    trace = np.abs(norms.mean() - d) / (norms.std() / np.sqrt(n))
+    return 2 * float(min(2 * stats.norm.sf(trace), d * (d + 1) / 2 * 2 * stats.norm.sf(entries.max())))
+
+
+def check_law(x: np.ndarray, probe: Probe) -> dict[str, float]:
+    """Errors of mean and covariance in the law's scale, and p-values, each corrected for the four tests made.
+
+    mean: chi-square of the whitened mean; covariance: every entry and the trace after whitening, against their
+    standard errors; ks: over all directions; mmd: eq. (3). Corrections are Bonferroni's.
+    """
+    x = np.asarray(x, np.float64)
+    (n, d), (mean, covariance) = x.shape, mixtures.moments(probe.law)
+    white = np.linalg.solve(np.linalg.cholesky(covariance), (x - mean).T).T
+    ks = [stats.kstest(x @ u, mixtures.projected_cdf(probe.law, u), method="asymp").pvalue for u in probe.directions]
+    p = {
+        "mean": stats.chi2.sf(n * np.sum(white.mean(0) ** 2), d),
+        "covariance": covariance_p(white),
+        "ks": len(ks) * min(ks),
+        "mmd": mmd_p(x, probe),
+    }
+    off = np.cov(x.T, bias=True).reshape(d, d) - covariance
+    return {
+        "mean_error": float(np.linalg.norm(x.mean(0) - mean) / np.sqrt(np.trace(covariance))),
+        "covariance_error": float(np.linalg.norm(off) / np.linalg.norm(covariance)),
+    } | {name: min(1.0, len(p) * float(value)) for name, value in p.items()}
+
+
+def measure_law(entry: Entry, dimension: str) -> tuple[dict[str, Any], int]:
+    """From exact draws at the top of the grid, in float32, to its end: `check_law`, and how often it was traced.
+
+    If a p is too small all is drawn anew, once, with another key.
+    """
+    law, problem = LINE if dimension == "1-D" else space(), PROBLEMS[entry.problem]
+    steps = max((STEPS if (entry.order or 1) < 2 else STEPS // 4) // (entry.evaluations or 10), 50)
+    traces, found = [], {}
+
+    @jax.jit
+    def go(key: Array, law: Mixture, x: Array, times: Array) -> Array:
+        traces.append(1)
+        return dj.sample(key, entry.make(problem, dj.white), exact(law, problem.schedule), x, times)
+
+    for draws in (1, 2):
+        times = grid(entry.problem, steps).astype(np.float32)
+        x = mixtures.draw(np.random.default_rng(draws), at(law, problem.schedule, times[0]), EXAMPLES[dimension])
+        y = go(jax.random.key(draws), jax.tree.map(np.float32, law), np.float32(x), times)
+        found = check_law(y, probe_of(dimension, entry.problem)) | {"steps": steps, "n": len(x), "draws": draws}
+        if min(found[name] for name in TESTS) > LEVEL:
+            break
+    if dimension == "1-D":
+        go(
+            jax.random.key(3),
+            jax.tree.map(np.float32, LINE),
+            np.float32(x),
+            np.linspace(times[0], times[-1], len(times)),
+        )
+    return found, len(traces)
+
+
+# --- the row of the table ---------------------------------------------------------------------------------------------
+
+
+def misses(entry: Entry, row: dict[str, Any]) -> list[str]:
+    """What a sampler claims, or what every sampler has to hold, and this one does not."""
+    found = [] if entry.order is None else order_misses(entry.order, row)
+    if entry.evaluations not in (None, row["evaluations"]):
+        found.append(f"{row['evaluations']} evaluations a step, not {entry.evaluations}")
+    if row["traces"] != 1:
+        found.append(f"{row['traces']} compilations")
+    for dimension, law in row["laws"].items() if entry.law else ():
+        found += [f"{dimension} {name}: p = {law[name]:.1g}" for name in TESTS if not law[name] > LEVEL]
+    return found
+
+
+def order_misses(theory: float, row: dict[str, Any]) -> list[str]:
+    """Within 0.1 of theory; from the third order on at least theory less 0.2."""
+    found = []
+    for name, what in (("order", "order"), ("order_gaussian", "order on Gaussians")):
+        value = row[name]
+        if value is None:
+            found.append(f"{what} not measurable")
+        elif value < theory - (0.1 if theory < 3 else 0.2) or value > theory + (0.1 if theory < 3 else np.inf):
+            found.append(f"{what} {value:.2f}, not {theory:g}")
+    return found
+
+
+def measure(name: str, entry: Entry | None = None) -> dict[str, Any]:
+    """All measures of one sampler and, under "misses", those that theory or the entry say otherwise of."""
+    start, entry = time.perf_counter(), entry or SAMPLERS[name]
+    row: dict[str, Any] = {"name": name, "problem": entry.problem, "random": entry.random, "remark": entry.remark}
+    row |= {"theory": entry.order, "claimed_evaluations": entry.evaluations, "claims_law": entry.law}
+    try:
+        row |= measure_errors(entry)
+        laws = {dimension: measure_law(entry, dimension) for dimension in EXAMPLES}
+        row |= {"laws": {k: law for k, (law, _) in laws.items()}, "traces": laws["1-D"][1]}
+        row["misses"] = misses(entry, row)
+    except Exception as error:  # a sampler that cannot run is a row of the table as well
+        row["misses"] = [f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"]
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
