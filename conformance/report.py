@@ -6,99 +6,165 @@ import json
 import math
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from conformance.samplers import COUNTS, EXAMPLES, INTERVALS, LEVEL, STEPS, TESTS
+from conformance import likelihood, posterior
+from conformance.samplers import COUNTS, DOUBLINGS, EXAMPLES, INTERVALS, LEVEL, STEPS
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
 
 HEAD = """# Conformance
 
 Every sampler, likelihood and inverse-problem method of this toolkit, held against exact answers. Nothing is trained and
-nothing downloaded: the data are mixtures of Gaussians, whose perfect denoiser has a closed form. Pictures of the same
-run are in [gallery.md](gallery.md), all numbers in [conformance.json](conformance.json).
+nothing downloaded: the data are mixtures of Gaussians, whose perfect denoiser has a closed form. All numbers are in
+[conformance.json](conformance.json), and pictures of the same run in the [gallery](gallery.md).
 
-    make conformance ARGS="out=docs/conformance"
+```bash
+make conformance ARGS="out=docs/conformance"
+```
 
 {machine}
 
 **{verdict}**
+
+![The table as a picture](conformance.png)
+
+## Samplers
+
 """
 
-COLUMNS = """
-**Columns.** *Order*: theory's, and the slope of log error over the last three of 8, 16, ... 512 steps whose error is above
-rounding (1e-11), in float64. For a deterministic sampler the error is that of the probability flow: on a mixture in one
-dimension against its exact map, the quantile map F_s^-1(F_t(x)), root mean square over 33 quantiles; on Gaussians in
-three dimensions against the exact mean and standard deviation. For a random one it is the Wasserstein-2 distance from
-the exact law on those Gaussians, computed and not drawn: there a sampler is affine in its start and in its noise. It has to
-be within 0.1 of theory, from the third order on at least theory less 0.2. Interval: {intervals}. Grid: t_i = high - (high - low)
-(i / n)^2, so that steps differ in length and the low order in which a multistep method starts, its first step
-being O(n^-2) long, is not what is seen: on n equal steps from a point where the flow is not yet straight such a method
-may fall back to the order of its start.
-*Evaluations*: of the denoiser in a step in the middle of the grid, counted as they ran; then the fewest in all, over {counts}
-steps of the problem's own grid, for an error of 1e-2 and 1e-3 of the data's standard deviation (of the same two errors as
-above, so that deterministic and random samplers are only roughly comparable).
-*1-D and 64-D*: n float32 examples after the stated number of steps against a mixture of two Gaussians, in 64 dimensions
-with rotated covariances: {examples}. Errors of mean and covariance, relative to the law's; p-values of Kolmogorov and
-Smirnov's test (in 64-D on eight directions) and of the maximum mean discrepancy with 128 random Fourier features, whose
-null distribution is known. Mean and covariance are tested as well; all p are corrected for these four tests (Bonferroni)
-and have to exceed {level}; one that does not is measured once more on fresh draws with another key, and counts if it fails
-again. Steps: {steps} evaluations, a quarter of it where the order is two or more, in steps of at least 50.
-*Traces*: how often JAX traced the sampler for other keys, examples and times of the grid; more than 1 is a recompilation.
-*Holds*: whether all that theory or the entry in `conformance/table.py` claims was measured; if not, what was missed.
+COLUMNS = f"""
+- **order**: theory's, then as measured in float64. On *Gaussians* in three dimensions the error is the Wasserstein-2
+  distance between the sampler's law and the exact one, without any drawing: there a sampler is affine in its start and in
+  its noise, so that both laws are Gaussian and known. For a random sampler this is its weak order. On a *mixture* in one
+  dimension the error of a deterministic sampler is the distance from the exact probability flow, which is the quantile
+  map F_s^-1(F_t(x)): root mean square over 33 quantiles. The order is the slope of log error over the last three of
+  {DOUBLINGS[0]}, {DOUBLINGS[1]}, ... {DOUBLINGS[-1]} steps whose error is above 1e-11, extrapolated to infinitely many
+  steps: 2 p(n) - p(n / 2). It has to be within 0.1 of theory; from the third order on, at least theory less 0.2.
+- Where it is measured: {"; ".join(f"`{name}` from t = {high:g} to {low:g}" for name, (high, low) in INTERVALS.items())}. The
+  grid is t_i = high - (high - low) (i / n)^2: neighbouring steps differ in length, and the first one is of
+  length O(n^-2), so that the low order in which a multistep method starts is not what is seen. On equal steps, from a
+  time at which the flow is already curved, such a method falls back to the order of its start.
+- **evaluations**: of the denoiser in a step in the middle of the grid, counted as they ran. **for 1e-2, 1e-3**: the fewest
+  in all, over {COUNTS[0]} to {COUNTS[-1]} steps of the problem's own grid, that bring the error below that part of the
+  data's standard deviation; the error on the mixture for a deterministic sampler, on Gaussians for a random one, which
+  compare only roughly.
+- **1-D, 64-D**: float32 examples against a mixture of two Gaussians, in 64 dimensions with rotated covariances:
+  {" and ".join(f"{n} examples in {d}" for d, n in EXAMPLES.items())}, after the stated number of steps (about {STEPS} evaluations,
+  a quarter of that where the order is two or more). Errors of mean and covariance, relative to the law's own; p-values
+  of Kolmogorov and Smirnov's test (in 64-D on eight directions) and of the maximum mean discrepancy over 128 random
+  Fourier features, whose null distribution is known. Mean and covariance are tested too. Each p is
+  corrected for these four tests (Bonferroni) and has to exceed {LEVEL}; if one does not, all is drawn anew with another key,
+  once, and that counts. "exact" is what exact draws would give.
+- **traces**: how often JAX traced the sampler for two or three keys, grids and sets of examples. More than 1 is a recompilation.
+- **holds**: whether all was measured that theory, and the entry in `conformance/table.py`, claim.
 """
 
 
-def number(value: float | None, digits: int = 2) -> str:
+def machine(seconds: float) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpy", "scipy", "diffrax"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{seconds:.0f} s on {cores} cores ({platform.machine()}), Python {platform.python_version()}, {versions}."
+
+
+def number(value: Any, digits: int = 2) -> str:
     """A cell: `-` for None, and no more digits than mean something."""
-    if value is None:
-        return "-"
-    if isinstance(value, int):
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "**no**"}[value]
+    if not isinstance(value, float):
         return str(value)
-    if value != 0 and (abs(value) < 10**-digits or abs(value) >= 1e4):
-        return f"{value:.0e}"
+    if value != 0 and (abs(value) < 0.5 * 10**-digits or abs(value) >= 1e5):
+        return f"{value:.1e}"
     return f"{value:.{digits}f}"
 
 
-def sampler_cells(row: dict[str, Any], note: str) -> dict[str, str]:
+def sampler_cells(row: Row) -> dict[str, str]:
     """The row of a sampler as text."""
-    needed, laws = row.get("needed", {}), row.get("laws", {})
+    orders, needed = row.get("orders", {}), row.get("needed", {})
     cells = {
-        "sampler": f"`{row['name']}`{note}",
-        "kind": "random" if row["random"] else "flow",
+        "sampler": f"`{row['name']}`" + (f" [{row['note']}]" if row.get("note") else ""),
         "problem": row["problem"],
-        "order": number(row["theory"], 0),
-        "measured": number(row.get("order")),
-        "on Gaussians": number(row.get("order_gaussian")),
+        "order": "-" if row["theory"] is None else f"{row['theory']:g}",
+        "on Gaussians": number(orders.get("Gaussians")),
+        "on a mixture": number(orders.get("mixture")),
         "evaluations": number(row.get("evaluations")),
-        "for 1e-2": budget(needed, "0.01"),
-        "for 1e-3": budget(needed, "0.001"),
+        "for 1e-2, 1e-3": ", ".join(str(k or f"> {COUNTS[-1]} steps") for k in needed.values()) or "-",
         "traces": number(row.get("traces")),
     }
-    for name, law in laws.items():
-        cells[f"{name} steps"] = number(law["steps"])
-        cells[f"{name} mean, cov."] = f"{law['mean_error']:.3f}, {law['covariance_error']:.3f}"
+    for name, law in row.get("laws", {}).items():
+        cells[f"{name} steps"] = str(law["steps"])
+        cells[f"{name} mean, covariance"] = f"{law['mean_error']:.3f}, {law['covariance_error']:.3f}"
         cells[f"{name} p: KS, MMD"] = f"{number(law['ks'])}, {number(law['mmd'])}"
-    return cells | {"holds": "yes" if not row["misses"] else "**no**: " + "; ".join(row["misses"])}
-
-
-def budget(needed: dict[str, int | None], tolerance: str) -> str:
-    return "-" if tolerance not in needed else str(needed[tolerance] or f"> {COUNTS[-1]} steps")
+    return cells | {"holds": "**no**: " + "; ".join(row["misses"]) if row["misses"] else "yes"}
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A Markdown table with the columns of all rows, aligned so that it can be read as text."""
+    """A Markdown table with the columns of all rows, padded so that it can be read as text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([row.get(name, "-") for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def sampler_table(rows: Rows) -> str:
-    """The table and its footnotes."""
+def sampler_table(rows: list[Row], floor: dict[str, Row]) -> str:
+    """The table, first what exact draws give, and its footnotes."""
     remarks = list(dict.fromkeys(row["remark"] for row in rows if row["remark"]))
-    notes = [f" [{remarks.index(row['remark']) + 1}]" if row["remark"] else "" for row in rows]
-    table = markdown([sampler_cells(row, note) for row, note in zip(rows, notes, strict=True)])
+    rows = [row | {"note": remarks.index(row["remark"]) + 1 if row["remark"] else None} for row in rows]
+    best = {"name": "exact", "problem": "-", "theory": None, "laws": floor, "misses": []}
+    table = markdown([sampler_cells(best) | {"holds": "-"}, *map(sampler_cells, rows)])
     return table + "\n\n" + "\n".join(f"[{i}] {remark}.  " for i, remark in enumerate(remarks, 1))
+
+
+def plain_table(rows: list[Row]) -> str:
+    """A table of rows that all have the same columns."""
+    return markdown([{name: number(value, 3) for name, value in row.items()} for row in rows])
+
+
+def missing(rows: list[Row], others: list[Row]) -> list[str]:
+    """The rows that miss something that they claim."""
+    names = [row["name"] for row in rows if row["misses"]]
+    return names + [
+        " ".join(str(row.get(k, "")) for k in ("method", "schedule")) for row in others if row.get("ok") is False
+    ]
+
+
+def write(folder: Path, results: dict[str, Any], seconds: float) -> tuple[str, bool]:
+    """README.md and conformance.json in the folder; returns the page, and whether all holds."""
+    rows, others = results["samplers"], [*results["likelihood"], *results["posterior"]]
+    missed = missing(rows, others)
+    verdict = f"All {len(rows)} samplers and all {len(others)} other rows hold what they claim."
+    if missed:
+        verdict = f"{len(missed)} of {len(rows) + len(others)} rows miss what they claim: {', '.join(missed)}."
+    page = (
+        HEAD.format(machine=machine(seconds), verdict=verdict) + sampler_table(rows, results["floor"]) + "\n" + COLUMNS
+    )
+    for title, module in (("Likelihood", likelihood), ("Posterior sampling", posterior)):
+        page += f"\n## {title}\n\n{module.__doc__}\n{plain_table(results[module.__name__.split('.')[-1]])}\n"
+    (folder / "README.md").write_text(page)
+    numbers = {"machine": machine(seconds), "verdict": verdict} | results
+    (folder / "conformance.json").write_text(lines(numbers))
+    return page, not missed
+
+
+def lines(results: dict[str, Any]) -> str:
+    """JSON, one line for each row, with four digits."""
+    parts = []
+    for name, value in results.items():
+        text = json.dumps(short(value))
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join("  " + json.dumps(short(row)) for row in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): short(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [short(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

@@ -92,7 +92,7 @@ SAMPLERS: dict[str, Entry] = {
     "heun": Entry(lambda p, noise: dj.heun(p.schedule), 2, 2),
     "midpoint": Entry(lambda p, noise: midpoint(p.schedule), 2, 2),
     "dpm_2": Entry(lambda p, noise: dpm_2(p.schedule), 2, 2),
-    "dpm_2_ancestral": Entry(lambda p, noise: dpm_2(p.schedule, 1.0, noise), 1, 2, random=True),
+    "dpm_2_ancestral": Entry(lambda p, noise: dpm_2(p.schedule, 1.0, noise), 2, 2, random=True),
     "adaptive": Entry(
         lambda p, noise: adaptive(p.schedule, 1e-4, 1e-4),
         None,
@@ -109,22 +109,38 @@ SAMPLERS: dict[str, Entry] = {
     "dpmpp_2m": Entry(lambda p, noise: dj.dpmpp_2m(p.schedule), 2),
     "dpmpp_3m": Entry(lambda p, noise: exponential.dpmpp_3m(p.schedule), 3),
     "dpmpp_2m_sde": Entry(lambda p, noise: exponential.dpmpp_2m_sde(p.schedule, noise=noise), 2, random=True),
-    "dpmpp_3m_sde": Entry(lambda p, noise: exponential.dpmpp_3m_sde(p.schedule, noise=noise), 2, random=True),
+    "dpmpp_3m_sde": Entry(
+        lambda p, noise: exponential.dpmpp_3m_sde(p.schedule, noise=noise), 2, random=True, problem="rectified"
+    ),
     "exponential_ab_2": Entry(lambda p, noise: exponential.exponential_ab(p.schedule, 2), 2),
     "exponential_ab_3": Entry(lambda p, noise: exponential.exponential_ab(p.schedule, 3), 3),
     "unipc_1_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 1, "bh1"), 2),
     "unipc_1_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 1, "bh2"), 2),
-    "unipc_2_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh1"), 3),
-    "unipc_2_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh2"), 3),
-    "unipc_3_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh1"), 4),
-    "unipc_3_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh2"), 4),
+    "unipc_2_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh1"), 3, problem="rectified"),
+    "unipc_2_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh2"), 3, problem="rectified"),
+    "unipc_3_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh1"), 4, problem="rectified"),
+    "unipc_3_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh2"), 4, problem="rectified"),
     "deis_1": Entry(lambda p, noise: exponential.deis(p.schedule, 1), 1),
     "deis_2": Entry(lambda p, noise: exponential.deis(p.schedule, 2), 2),
     "deis_3": Entry(lambda p, noise: exponential.deis(p.schedule, 3), 3),
     "deis_4": Entry(lambda p, noise: exponential.deis(p.schedule, 4), 4),
-    "sa_solver_2_2": Entry(lambda p, noise: exponential.sa_solver(p.schedule, 2, 2, noise=noise), 2, random=True),
-    "sa_solver_3_4": Entry(lambda p, noise: exponential.sa_solver(p.schedule, 3, 4, noise=noise), 2, random=True),
-    "sa_solver_ode": Entry(lambda p, noise: exponential.sa_solver(p.schedule, 3, 3, 0.0), 3),
+    "sa_solver_2_2": Entry(
+        lambda p, noise: exponential.sa_solver(p.schedule, 2, 2, noise=noise),
+        None,
+        random=True,
+        remark="weak order 2, but with so small a coefficient that 512 steps do not show it",
+    ),
+    "sa_solver_3_4": Entry(
+        lambda p, noise: exponential.sa_solver(p.schedule, 3, 4, 0.7, noise=noise), 2, random=True, problem="rectified"
+    ),
+    **{
+        f"ipndm_{order}": Entry(
+            lambda p, noise, order=order: exponential.ipndm(p.schedule, order),
+            None,
+            remark="of its order on grids uniform in sigma / alpha only, see tests/test_exponential.py",
+        )
+        for order in (1, 2, 3, 4)
+    },
     # stochastic
     "euler_maruyama": Entry(lambda p, noise: euler_maruyama(p.schedule, noise), 1, random=True, ends="vp_linear"),
     "reverse_diffusion": Entry(lambda p, noise: reverse_diffusion(p.schedule, noise), 1, random=True),

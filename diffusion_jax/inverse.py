@@ -229,7 +229,9 @@ def dps(inner: Sampler, operator: Operator, y: Array, zeta: ArrayLike) -> Sample
             return p if z is x and u is t else denoise(z, u)  # the inner step's first evaluation is this one
 
         moved, state = inner.step(key, x, state, t, s, known)
-        return moved - bcast(_divide(jnp.asarray(zeta, square.dtype) * jnp.sqrt(square), square), x) * pull(jnp.ones_like(square))[0], state
+        return moved - bcast(_divide(jnp.asarray(zeta, square.dtype) * jnp.sqrt(square), square), x) * pull(
+            jnp.ones_like(square)
+        )[0], state
 
     return Sampler(inner.init, step)
 
@@ -380,20 +382,26 @@ def gaussian_twist(
     variance: float = 1.0,
     measurements: ArrayLike | None = None,
 ) -> Twist:
-    """log N(y; A x0^, sigma_y^2 + v sigma^2 / (alpha^2 v + sigma^2)), with v the variance of the data: (2) of Pi-GDM.
+    """log N(y; A x0^, sigma_y^2 + A C A^T) with the C of `pigdm`, up to a function of t, which cancels.
 
-    `measurements` is their number, the size of y unless given: hidden pixels of a mask are no measurements.
+    An operator without spectrum gets C for A C A^T. `measurements` is their number, the size of y unless given: hidden
+    pixels of a mask are none. ValueError unless sigma_y > 0.
     """
     if is_concrete(sigma_y) and not np.all(np.asarray(sigma_y) > 0):
         raise ValueError(f"gaussian_twist: sigma_y must be positive, got {sigma_y}")
 
     def twist(x0: Array, t: Array) -> Array:
         alpha, sigma = schedule(t)
+        own, c = jnp.asarray(sigma_y, sigma.dtype) ** 2, variance * sigma**2 / (alpha**2 * variance + sigma**2)
         seen = operator.apply(x0)
-        square = _square(_fit("gaussian_twist", operator, y, seen) - seen)
-        total = jnp.asarray(sigma_y, sigma.dtype) ** 2 + variance * sigma**2 / (alpha**2 * variance + sigma**2)
+        if isinstance(operator.spectral, Missing):
+            r = _fit("gaussian_twist", operator, y, seen) - seen
+            square = _square(r) / (own + c).astype(_dot(r, r).dtype)
+        else:
+            r = _gap("gaussian_twist", operator, y, x0)
+            square = _dot(r, operator.spectral(lambda v: v**2 / (own.astype(v.dtype) + _lead(c, v) * v**2), r))
         m = seen[0].size if measurements is None else measurements
-        return -0.5 * (square / total.astype(square.dtype) + m * jnp.log(2 * np.pi * total).astype(square.dtype))
+        return -0.5 * (square + (m * jnp.log(2 * np.pi * own)).astype(square.dtype))
 
     return twist
 
@@ -425,6 +433,8 @@ def twisted_smc(
         raise ValueError(f"twisted_smc: at least 2 particles, got x of shape {x.shape}")
     if is_batched(key):
         raise ValueError(f"twisted_smc: one key for all particles, got {list(key.shape)}")
+    if times.ndim != 1 or times.shape[0] < 2:
+        raise ValueError(f"twisted_smc: times must be f32[n + 1] with n >= 1, got shape {times.shape}")
 
     def look(x: Array, t: Array) -> tuple[Array, Array, Array]:
         def value(x: Array) -> tuple[Array, Array]:
@@ -516,8 +526,7 @@ def _solve(name: str, operator: Operator, y: Array, x0: Array, sigma_y: ArrayLik
     rho = scale * (jnp.asarray(sigma_y, sigma.dtype) / jnp.maximum(sigma, 1e-8)) ** 2
 
     def share(v: Array) -> Array:
-        r = jnp.reshape(rho, rho.shape + (1,) * (v.ndim - rho.ndim)).astype(v.dtype)
-        return _divide(v**2, v**2 + r)
+        return _divide(v**2, v**2 + _lead(rho, v))
 
     if not isinstance(operator.spectral, Missing):
         return operator.spectral(share, _gap(name, operator, y, x0))
@@ -559,6 +568,11 @@ def _conjugate_gradients(matvec: Callable[[Array], Array], b: Array, iterations:
         return (u, r, r + bcast(_divide(new, square), d) * d, new), None
 
     return jax.lax.scan(body, (jnp.zeros_like(b), b, b, _square(b)), None, length=iterations)[0][0]
+
+
+def _lead(c: Array, v: Array) -> Array:
+    """c: f[] or f[b], one for each example, with the rank and the dtype of singular values v: f[1 ...]."""
+    return jnp.reshape(c, c.shape + (1,) * (v.ndim - c.ndim)).astype(v.dtype)
 
 
 def _dot(a: Array, b: Array) -> Array:

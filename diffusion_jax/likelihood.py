@@ -1,6 +1,6 @@
 r"""Likelihoods: probability flow, variational bound, I-MMSE integral, bits per dimension.
 
-With n = sqrt(alpha^2 + sigma^2), the angle phi = atan2(sigma, alpha) in [0, pi/2] and y = x / n, the probability flow is
+In the angle phi = atan2(sigma, alpha) in [0, pi/2], with y = x / n, n = sqrt(alpha^2 + sigma^2), the flow is
 
     dy/dphi = v_hat(y) = cos(phi) eps_hat - sin(phi) x0_hat                                   (1)
     log p_s(x_s) = log p_T(x_T) + d log(n_T / n_s) + int_phi_s^phi_T div v_hat dphi           (2)
@@ -16,20 +16,21 @@ where S is the logistic function. From a time T of little signal to a time 0 of 
     KL(q(x_s | x_t, x0) || p(x_s | x_t)) = 1/2 (SNR_s - SNR_t) / (1 + SNR_t) E(l_t)           (5)
     sum of (5) -> 1/2 int S(l) E(l) dl, from above, as the grid is refined                    (6)
 
-(Ho et al. 2020, arXiv:2006.11239, eq. 5; Kingma et al. 2021, arXiv:2107.00630, eq. 11-17); in (5) both have the variance
-of q. For the best denoiser the integral over all l is exact, for each x0 (Kong et al. 2023, arXiv:2302.03792):
+(Ho et al. 2020, arXiv:2006.11239, eq. 5; Kingma et al. 2021, arXiv:2107.00630, eq. 11-17); in (5) p has the variance of
+q. For the best denoiser the integral over all l is exact, for each x0 (Kong et al. 2023, arXiv:2302.03792):
 
     -log p(x0) = d/2 log(2 pi e) - 1/2 int S(l) (d - E(l)) dl                                 (7)
 
-Everything is in nats per example, f32[b], summed over its axes, until `bits_per_dim`. Times decrease from noise to data,
-as in `sample`. What needs E_eps takes a `NoiseRule`.
+Everything is in nats per example, f32[b], summed over its axes, until `bits_per_dim`. Times decrease from noise to
+data, as in `sample`; the prior is that of `forward.prior`. What needs E_eps takes a `NoiseRule`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,6 @@ from diffusion_jax.typing import AlphaSigma, Array, Cond, Denoiser, Key, Predict
 
 EIGHT_BIT = 2 / 255
 """Width of a bin of 8-bit data in [-1, 1], value / 127.5 - 1."""
-RUNGE_KUTTA = ((0, 1 / 2, 1 / 2, 1), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
-
 NoiseRule = Callable[[Key, Array], tuple[Array, Array]]
 """(key, x0: f32[b *d]) -> eps: f32[m b *d] and weight: f32[m], so that E f(eps) ~ sum_j weight_j f(eps_j)."""
 UnitRule = tuple[Array, Array]
@@ -53,6 +52,8 @@ Decoder = Callable[[Array, Array, Array], Array]
 Dequantiser = Callable[[Key, Array], tuple[Array, Array]]
 """(key, x: f32[b *d]) -> y ~ q(y | x), f32[b *d], and log q(y | x), f32[b]."""
 State = tuple[Array, Array]
+Field = Callable[[State, Array], State]
+RUNGE_KUTTA = ((0, 1 / 2, 1 / 2, 1), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 
 class FlowDensity(NamedTuple):
@@ -75,108 +76,82 @@ def ode_log_density(
     data_variance: float = 0.0,
     tolerance: tuple[float, float] | None = None,
 ) -> FlowDensity:
-    """Log density of x: f32[b *d] under the model's law at times[-1], eq. (2).
+    """Log density of x: f32[b *d] under the model's law at t = times[-1], eq. (2).
 
-    That is the law of alpha x0 + sigma eps at t = times[-1], of the data only if sigma = 0 there. From it x follows the
-    flow up to the prior at times[0], see `prior_log_density`: with a fourth-order Runge-Kutta step in phi for each
-    interval of times: f32[n + 1], four evaluations each; or, given `tolerance = (rtol, atol)` on x and on the log
-    density, with each example's own adaptive steps (Dormand-Prince, NaN after 4096), where only the ends of times count.
-    The divergence is exact, d products with the Jacobian, `chunk` at a time; or estimated with `hutchinson_probes`,
+    That is the law of alpha x0 + sigma eps: of the data if sigma = 0 there. From it x follows the flow up to times[0]
+    and the prior N(0, sigma^2 + alpha^2 data_variance): with a fourth-order Runge-Kutta step in phi, four evaluations,
+    for each interval of times: f32[n + 1]; or, given `tolerance = (rtol, atol)` on x and on the log density, with
+    adaptive steps of each example (Dormand-Prince, NaN after 4096), and then only the ends of times count. The
+    divergence is exact, by d products with the Jacobian, `chunk` at a time, or estimated with `hutchinson_probes`,
     f32[n b *d]. The state is float32 at least. ValueError for times that do not decrease or probes of another shape.
     """
-    times = _check_times("ode_log_density", times)
     if probes is not None and probes.shape[1:] != x.shape:
         raise ValueError(f"ode_log_density: probes of shape {probes.shape} for x of shape {x.shape}: expected [n, *x]")
-    up = times[::-1]
-    n_s, n_T = _norm(schedule(up[0])), _norm(schedule(up[-1]))
-    y = _at_least_float32(x) / bcast(n_s, _at_least_float32(x))
+    up = _check_times("ode_log_density", times)[::-1]
+    n_s, n_T = jnp.hypot(*schedule(up[0])), jnp.hypot(*schedule(up[-1]))
+    y = _at_least_float32(x)
+    state = y / bcast(n_s, y), jnp.zeros(len(y), y.dtype)
 
-    def field(probes: Array | None, cond: Cond) -> Callable[[State, Array], State]:
-        return lambda state, t: _velocity_and_trace(denoiser, schedule, state[0], t, cond, x.dtype, probes, chunk)
-
-    state = y, jnp.zeros(y.shape[0], y.dtype)
+    field = partial(_field, denoiser, schedule, x.dtype, chunk)
     if tolerance is None:
-        y, trace = _runge_kutta(field(probes, cond), schedule, state, up)
-        steps = jnp.full(x.shape[:1], len(times) - 1)
+        (y, trace), steps = _runge_kutta(field(cond, probes), schedule, state, up), jnp.full(len(x), len(times) - 1)
     else:
         alone = jax.tree.map(lambda a: a[:, None], (state, cond))
         probes = None if probes is None else jnp.moveaxis(probes, 1, 0)[:, :, None]
-        solve = jax.vmap(lambda state, cond, probes: _adaptive(field(probes, cond), schedule, state, up, tolerance))
+        solve = jax.vmap(lambda state, *given: _adaptive(field(*given), schedule, state, up, tolerance))
         y, trace, steps = jax.tree.map(lambda a: jnp.squeeze(a, 1), solve(*alone, probes))
-    x = bcast(n_T, y) * y
-    scale = bcast(math.prod(x.shape[1:]) * jnp.log(n_T / n_s), trace)
+    x, d = bcast(n_T, y) * y, math.prod(y.shape[1:])
+    scale = bcast(d * jnp.log(n_T / n_s), trace)
     return FlowDensity(prior_log_density(schedule, x, times[0], data_variance) + scale + trace, x, steps)
 
 
 def hutchinson_probes(key: Key, x: Array, n: int, kind: Literal["rademacher", "gaussian"] = "rademacher") -> Array:
     """n random vectors u with E u u^T = I for each example, f32[n b *d], so that E u^T J u = tr J.
 
-    One set serves a whole trajectory (Grathwohl et al. 2019, arXiv:1810.01367, section 3.1). ValueError for n < 1 or another kind.
+    One set serves a whole trajectory (Grathwohl et al. 2019, arXiv:1810.01367, section 3.1). ValueError for n < 1 or an
+    unknown kind.
     """
     if n < 1 or kind not in ("rademacher", "gaussian"):
         raise ValueError(f"hutchinson_probes: n >= 1 and kind 'rademacher' or 'gaussian', got {n} and {kind!r}")
-    z = jnp.stack([normal_like(fold(key, i), _at_least_float32(x)) for i in range(n)])
+    z = _draws(key, _at_least_float32(x), n)
     return z if kind == "gaussian" else jnp.where(z < 0, -1, 1).astype(z.dtype)
 
 
 def prior_log_density(schedule: Schedule, x: Array, t: Array, data_variance: float = 0.0) -> Array:
     """Log density of N(0, sigma_t^2 + alpha_t^2 data_variance) at x: f32[b]; with 0, of `forward.prior`. t: f32[]."""
-    alpha, sigma = schedule(t)
-    squares, d = _sum(x**2), math.prod(x.shape[1:])
+    (alpha, sigma), squares = schedule(t), _sum(x**2)
     variance = bcast(sigma**2 + alpha**2 * data_variance, squares)
-    return -0.5 * (squares / variance + d * jnp.log(2 * math.pi * variance))
+    return -0.5 * (squares / variance + math.prod(x.shape[1:]) * jnp.log(2 * math.pi * variance))
 
 
 def antithetic(pairs: int) -> NoiseRule:
     """Pairs of draws eps and -eps of equal weight: unbiased, and exact for odd f."""
 
     def rule(key: Key, x0: Array) -> tuple[Array, Array]:
-        eps = jnp.stack([normal_like(fold(key, i), x0) for i in range(pairs)])
+        eps = _draws(key, x0, pairs)
         return jnp.concatenate([eps, -eps]), jnp.full(2 * pairs, 0.5 / pairs)
 
     return rule
 
 
 def frames(pairs: int) -> NoiseRule:
-    """Pairs of random orthogonal frames, +-r q_i for i = 1..d, one on each of two radii: 4 d nodes a pair; for small d.
+    """Pairs of random orthogonal frames, +-r q_i for i = 1..d, one on each of two radii: 4 d nodes a pair. For small d.
 
-    r^2 = d + 2 -+ sqrt(2 d + 4) with weights 1/2 +- 1 / sqrt(2 d + 4) is the Gauss rule of |eps|^2, exact to degree 7 in
-    |eps|; the mean over directions is unbiased, and without error to degree 3 (after the random spherical-radial rules of
-    Genz & Monahan 1998). So E(l) of Gaussian data has no error, and of other data far less than from single draws.
+    r^2 = d + 2 -+ sqrt(2 d + 4) with weights 1/2 +- 1 / sqrt(2 d + 4) is the Gauss rule of |eps|^2: exact to degree 7
+    in |eps|, with a small bias beyond. Over directions it is unbiased, and without error to degree 3 (after the random
+    spherical-radial rules of Genz & Monahan 1998). So E(l) of Gaussian data has no error.
     """
 
     def rule(key: Key, x0: Array) -> tuple[Array, Array]:
-        d, like = x0[0].size, _at_least_float32(x0)
+        like, d = _at_least_float32(x0), math.prod(x0.shape[1:])
         root = math.sqrt(2 * d + 4)
-        turn = [normal_like(fold(key, i), jnp.zeros((len(x0), d, d), like.dtype)) for i in range(2 * pairs)]
+        q = jnp.linalg.qr(_draws(key, jnp.zeros((len(x0), d, d), like.dtype), 2 * pairs))[0]
         radius = jnp.asarray([math.sqrt(d + 2 - root), math.sqrt(d + 2 + root)] * pairs, like.dtype)
         weight = jnp.asarray([0.5 + 1 / root, 0.5 - 1 / root] * pairs) / (2 * d * pairs)
-        q = jnp.swapaxes(jnp.linalg.qr(jnp.stack(turn))[0], 1, 2)
-        eps = jnp.reshape(bcast(radius, q) * q, (-1, *x0.shape)).astype(x0.dtype)
+        eps = jnp.reshape(jnp.swapaxes(bcast(radius, q) * q, 1, 2), (-1, *x0.shape)).astype(x0.dtype)
         return jnp.concatenate([eps, -eps]), jnp.tile(jnp.repeat(weight, d), 2)
 
     return rule
-
-
-def denoising_errors(
-    key: Key,
-    denoiser: Denoiser,
-    schedule: Schedule,
-    x0: Array,
-    t: Array,
-    cond: Cond = None,
-    *,
-    noise: NoiseRule,
-    chunk: int = 64,
-) -> Array:
-    """E(l) of eq. (3) at the times t: f32[m], each with noise of its own, `chunk` nodes at once: f32[m b]."""
-
-    def error(step: tuple[Array, Array]) -> Array:
-        i, t = step
-        f = lambda eps: _sum(_noised(denoiser, schedule, x0, t, eps, cond)[1])  # noqa: E731
-        return _mean(f, noise(fold(key, i), x0), chunk)
-
-    return jax.lax.map(error, (jnp.arange(len(t)), t))
 
 
 class Terms(NamedTuple):
@@ -201,18 +176,17 @@ def vlb(
     *,
     noise: NoiseRule,
     decoder: Decoder | None = None,
-    data_variance: float = 0.0,
     chunk: int = 64,
 ) -> Terms:
-    """The variational bound (4) term by term, each with noise of its own; times: f32[n + 1], with sigma > 0 at the end.
+    """The variational bound (4) term by term, each with noise of its own, `chunk` nodes at once; times: f32[n + 1].
 
     The reverse step has the variance of the posterior, or the one that the denoiser learned (`variance_fraction`).
     At times[-1] x0 is decoded from N(x0_hat, (sigma / alpha)^2): as a density, or, with
-    `losses.discretized_log_likelihood` for a decoder, as the probability of 8-bit values. The gap to -log p(x0) falls as
-    the first power of the steps in l, to that of the decoder: 1/4 (sigma^2 / alpha^2 v)^2 a dimension for Gaussian data of
-    variance v. ValueError for times that do not decrease or sigma = 0 at their end.
+    `losses.discretized_log_likelihood` for a decoder, as the probability of 8-bit values. The gap to -log p(x0) falls
+    as the first power of the steps in l, down to that of the decoder, for Gaussian data of variance v about
+    (sigma / alpha)^4 / (4 v^2) a dimension. ValueError for times that do not decrease, or with sigma = 0 at their end.
     """
-    times = _check_times("vlb", times)
+    times, n = _check_times("vlb", times), len(times) - 1
     last = schedule(times[-1]).sigma
     if is_concrete(last) and float(last) == 0:
         raise ValueError(f"vlb: times of shape {times.shape} must end where sigma > 0")
@@ -225,19 +199,18 @@ def vlb(
 
         def kl(eps: Array) -> Array:
             prediction, error = _noised(denoiser, schedule, x0, t, eps, cond)
-            v = jnp.zeros_like(x0) if prediction.variance_fraction is None else prediction.variance_fraction
-            wider = bcast(widest, v) * v  # log variance of p over that of q
+            v = prediction.variance_fraction
+            if v is None:
+                return 0.5 * _sum(bcast(gain, error) * error)
+            wider = bcast(widest, error) * v.astype(error.dtype)  # log variance of p over that of q
             return 0.5 * _sum(wider + jnp.expm1(-wider) + jnp.exp(-wider) * bcast(gain, error) * error)
 
         return _mean(kl, noise(fold(key, i), x0), chunk)
 
-    decode = lambda eps: _reconstruction(denoiser, schedule, x0, times[-1], eps, cond, decoder)  # noqa: E731
-    n = len(times) - 1
-    return Terms(
-        _prior_kl(schedule, x0, times[0], data_variance),
-        jax.lax.map(diffusion, (jnp.arange(n), times[:-1], times[1:])),
-        _mean(decode, noise(fold(key, n), x0), chunk),
-    )
+    terms = jax.lax.map(diffusion, (jnp.arange(n), times[:-1], times[1:]))
+    nodes = noise(fold(key, n), x0)
+    end = _mean(lambda eps: _reconstruction(denoiser, schedule, x0, times[-1], eps, cond, decoder), nodes, chunk)
+    return Terms(_prior_kl(schedule, x0, times[0]), terms, end)
 
 
 def vdm_loss(
@@ -272,9 +245,8 @@ def vdm_bound(
     *,
     draws: int,
     decoder: Decoder | None = None,
-    data_variance: float = 0.0,
 ) -> Array:
-    """Independent, unbiased draws of the bound (4) with (6) between the ends of times: f32[draws b].
+    """Independent, unbiased draws of (4) with (6) for its sum, between the ends of times: f32[draws b].
 
     Each draws one t and one eps and evaluates twice; the prior and the decoder are those of `vlb`.
     """
@@ -286,7 +258,7 @@ def vdm_bound(
         loss = vdm_loss(denoiser, schedule, x0, high - (high - low) * u, eps, cond, low=low, high=high)
         return loss + _reconstruction(denoiser, schedule, x0, low, eps, cond, decoder)
 
-    return _prior_kl(schedule, x0, high, data_variance)[None] + jax.lax.map(draw, jnp.arange(draws))
+    return _prior_kl(schedule, x0, high)[None] + jax.lax.map(draw, jnp.arange(draws))
 
 
 def legendre(n: int) -> UnitRule:
@@ -311,26 +283,30 @@ def immse_log_density(
     *,
     rule: UnitRule,
     noise: NoiseRule,
-    data_variance: float = 0.0,
     chunk: int = 64,
 ) -> Array:
-    """log p(x0) by eq. (7), over l = log(u / (1 - u)) between the ends of times: f32[b].
+    """log p(x0) by eq. (7) with u = S(l) for l between the ends of times: f32[b].
 
-    `rule` is for u: `legendre(n)` for a quadrature, `stratified(key, n)` for importance sampling with logistic l. Outside
-    of times the integral is the prior's divergence, and at the end of low noise (d - E) as for 1 / SNR: both leave
-    out what is of second order, in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound.
+    `rule` is for u: `legendre(n)` for a quadrature, `stratified(key, n)` for importance sampling with logistic l. Past
+    times[0] the integral is the prior's divergence, and past times[-1] E - d falls as 1 / SNR: this leaves out what is
+    of second order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that.
     """
     times = _check_times("immse_log_density", times)[jnp.asarray([0, -1])]
     (u, weight), (first, last), d = rule, logsnr(schedule, times), math.prod(x0.shape[1:])
     span = jax.nn.sigmoid(last) - jax.nn.sigmoid(first)
-    above, below = jax.nn.sigmoid(first) + span * u, jax.nn.sigmoid(-last) + span * (1 - u)  # u, 1 - u within the ends
-    t = inverse_logsnr(schedule, jnp.log(above) - jnp.log(below), times[1], times[0])
-    t = jnp.append(t, times[1])
-    errors = denoising_errors(key, denoiser, schedule, x0, t, cond, noise=noise, chunk=chunk)
+    below = jax.nn.sigmoid(-last) + span * (1 - u)  # 1 - u, without cancellation
+    l_t = jnp.log(jax.nn.sigmoid(first) + span * u) - jnp.log(below)
+    t = jnp.append(inverse_logsnr(schedule, l_t, times[1], times[0]), times[1])
+
+    def error(step: tuple[Array, Array]) -> Array:
+        nodes = noise(fold(key, step[0]), x0)
+        return _mean(lambda eps: _sum(_noised(denoiser, schedule, x0, step[1], eps, cond)[1]), nodes, chunk)
+
+    errors = jax.lax.map(error, (jnp.arange(len(t)), t))
     integral = jnp.tensordot((span * weight / below).astype(errors.dtype), d - errors[:-1], 1)
     tail = bcast(jax.nn.sigmoid(last), errors[-1]) * errors[-1]
     ends = bcast(d * (math.log(2 * math.pi) + jnp.log1p(jnp.exp(-last)) - jax.nn.softplus(first)), tail)
-    return 0.5 * (integral - tail - ends) - _prior_kl(schedule, x0, times[0], data_variance)
+    return 0.5 * (integral - tail - ends) - _prior_kl(schedule, x0, times[0])
 
 
 class BitsPerDim(NamedTuple):
@@ -344,9 +320,9 @@ class BitsPerDim(NamedTuple):
 def bits_per_dim(log_likelihood: Array, dimensions: int, bin_width: float) -> BitsPerDim:
     """-(log p / d + log bin_width) / log 2 from nats, f32[b], or f32[r b] for r independent draws of each.
 
-    bin_width makes a density the probability of a bin: EIGHT_BIT for data in [-1, 1], which adds log2(127.5) bits; 1 for
-    what is a probability already, of a discrete decoder or a `dequantised_bound`. The error over draws is 0 for f32[b],
-    that over examples NaN for b = 1. ValueError for another rank or bin_width <= 0.
+    bin_width makes a density the probability of a bin: EIGHT_BIT for data in [-1, 1], which adds log2(127.5) bits; 1
+    for what is a probability already, of a discrete decoder or a `dequantised_bound`. The error over draws is 0 for
+    f32[b], that over examples NaN for b = 1. ValueError for another rank or bin_width <= 0.
 
     >>> round(float(bits_per_dim(jnp.zeros(2), 3, EIGHT_BIT).value), 3)
     6.994
@@ -387,47 +363,47 @@ def dequantised_bound(
     return jax.lax.map(draw, jnp.arange(draws))
 
 
-def _velocity_and_trace(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    y: Array,
-    t: Array,
-    cond: Cond,
-    dtype: jnp.dtype,
-    probes: Array | None,
-    chunk: int,
-) -> State:
-    """v_hat and its divergence in y at time t: f32[], eq. (1)."""
-    at, t, d = schedule(t), jnp.broadcast_to(t, y.shape[:1]), math.prod(y.shape[1:])
+def _field(
+    denoiser: Denoiser, schedule: Schedule, dtype: jnp.dtype, chunk: int, cond: Cond, probes: Array | None
+) -> Field:
+    """((y, _), t: f32[]) -> v_hat and its divergence in y, eq. (1)."""
 
-    def v_hat(y: Array) -> Array:
-        return _velocity(at, denoiser((bcast(_norm(at), y) * y).astype(dtype), t, cond)).astype(y.dtype)
+    def field(state: State, t: Array) -> State:
+        y, at = state[0], schedule(t)
+        t, d = jnp.broadcast_to(t, y.shape[:1]), math.prod(y.shape[1:])
 
-    v, push = jax.linearize(v_hat, y)
+        def v_hat(y: Array) -> Array:
+            return _velocity(at, denoiser((bcast(jnp.hypot(*at), y) * y).astype(dtype), t, cond)).astype(y.dtype)
 
-    def along(u: Array) -> Array:
-        return _sum(u * push(u))
+        v, push = jax.linearize(v_hat, y)
 
-    def diagonal(i: Array) -> Array:
-        return along(jnp.broadcast_to(jnp.reshape(jnp.arange(d) == i, y.shape[1:]), y.shape).astype(y.dtype))
+        def along(u: Array) -> Array:
+            return _sum(u * push(u))
 
-    if probes is not None:
-        return v, jnp.mean(jax.lax.map(along, probes, batch_size=min(chunk, len(probes))), axis=0)
-    return v, jnp.sum(jax.lax.map(diagonal, jnp.arange(d), batch_size=min(chunk, d)), axis=0)
+        def diagonal(i: Array) -> Array:
+            return along(jnp.broadcast_to(jnp.reshape(jnp.arange(d) == i, y.shape[1:]), y.shape).astype(y.dtype))
+
+        if probes is not None:
+            return v, jnp.mean(jax.lax.map(along, probes, batch_size=min(chunk, len(probes))), axis=0)
+        return v, jnp.sum(jax.lax.map(diagonal, jnp.arange(d), batch_size=min(chunk, d)), axis=0)
+
+    return field
 
 
-def _runge_kutta(field: Callable[[State, Array], State], schedule: Schedule, state: State, up: Array) -> State:
+def _runge_kutta(field: Field, schedule: Schedule, state: State, up: Array) -> State:
     angle = _angle(schedule(up))
     middle = inverse_logsnr(schedule, _logsnr_of_angle((angle[1:] + angle[:-1]) / 2), up[:-1], up[1:])
 
-    def step(state: State, interval: tuple[Array, Array]) -> tuple[State, None]:
-        h, times = interval
+    def add(a: State, c: Array, b: State) -> State:
+        return a[0] + bcast(c, a[0]) * b[0], a[1] + bcast(c, a[1]) * b[1]
 
+    def step(state: State, interval: tuple[Array, Array]) -> tuple[State, None]:
         def stage(carry: tuple[State, State], tableau: tuple[Array, Array, Array]) -> tuple[tuple[State, State], None]:
             (k, new), (lag, share, t) = carry, tableau
-            k = field(_add(state, lag * h, k), t)
-            return (k, _add(new, share * h, k)), None
+            k = field(add(state, lag * h, k), t)
+            return (k, add(new, share * h, k)), None
 
+        h, times = interval
         start = jax.tree.map(jnp.zeros_like, state), state
         return jax.lax.scan(stage, start, (*jnp.asarray(RUNGE_KUTTA, h.dtype), times))[0][1], None
 
@@ -435,11 +411,11 @@ def _runge_kutta(field: Callable[[State, Array], State], schedule: Schedule, sta
 
 
 def _adaptive(
-    field: Callable[[State, Array], State], schedule: Schedule, state: State, up: Array, tolerance: tuple[float, float]
+    field: Field, schedule: Schedule, state: State, up: Array, tolerance: tuple[float, float]
 ) -> tuple[Array, Array, Array]:
     import diffrax
 
-    def rate(angle: Array, state: State, _: None) -> State:
+    def rate(angle: Any, state: State, _: None) -> State:
         return field(state, inverse_logsnr(schedule, _logsnr_of_angle(angle), up[0], up[-1]))
 
     def norm(errors: State) -> Array:
@@ -460,32 +436,33 @@ def _noised(
     """The prediction from x_t, and the squared error of v of each element, eq. (3)."""
     at = schedule(t)
     prediction = denoiser(q_sample(schedule, x0, t, eps), jnp.broadcast_to(t, x0.shape[:1]), cond)
-    return prediction, (_velocity(at, prediction) - _velocity(at, Prediction(x0, eps))) ** 2
+    return prediction, _at_least_float32(_velocity(at, prediction) - _velocity(at, Prediction(x0, eps))) ** 2
 
 
-def _prior_kl(schedule: Schedule, x0: Array, t: Array, data_variance: float) -> Array:
-    """KL(q(x_t | x0) || N(0, sigma_t^2 + alpha_t^2 data_variance)): f32[b]."""
-    alpha, sigma = schedule(t)
-    variance, squares = sigma**2 + alpha**2 * data_variance, _sum(x0**2)
-    share = sigma**2 / variance
-    rest = math.prod(x0.shape[1:]) * (share - 1 - jnp.log(share))
-    return 0.5 * (bcast(alpha**2 / variance, squares) * squares + bcast(rest, squares))
+def _prior_kl(schedule: Schedule, x0: Array, t: Array) -> Array:
+    """KL(N(alpha_t x0, sigma_t^2) || N(0, sigma_t^2)): f32[b]."""
+    squares = _sum(x0**2)
+    return 0.5 * bcast(jnp.exp(logsnr(schedule, t)), squares) * squares
 
 
 def _reconstruction(
     denoiser: Denoiser, schedule: Schedule, x0: Array, t: Array, eps: Array, cond: Cond, decoder: Decoder | None
 ) -> Array:
-    """-log p(x0 | x_t): f32[b]; without a decoder, the Gaussian's, of eq. (3)."""
+    """-log p(x0 | x_t): f32[b]; without a decoder that of a Gaussian, by eq. (3)."""
     prediction, error = _noised(denoiser, schedule, x0, t, eps, cond)
-    value = bcast(logsnr(schedule, t), x0)
+    l_t = bcast(logsnr(schedule, t), error)
     if decoder is not None:
-        return -_sum(decoder(x0, prediction.x0, jnp.broadcast_to(-0.5 * value, x0.shape)))
-    return 0.5 * _sum(jax.nn.sigmoid(value) * error + math.log(2 * math.pi) - value)
+        return -_sum(decoder(x0, prediction.x0, jnp.broadcast_to(-0.5 * l_t, x0.shape).astype(x0.dtype)))
+    return 0.5 * _sum(jax.nn.sigmoid(l_t) * error + math.log(2 * math.pi) - l_t)
 
 
 def _mean(f: Callable[[Array], Array], nodes: tuple[Array, Array], chunk: int) -> Array:
     values = jax.lax.map(f, nodes[0], batch_size=min(chunk, len(nodes[0])))
     return jnp.tensordot(nodes[1].astype(values.dtype), values, 1)
+
+
+def _draws(key: Key, x: Array, n: int) -> Array:
+    return jax.vmap(lambda i: normal_like(fold(key, i), x))(jnp.arange(n))
 
 
 def _uniform_like(key: Key, x: Array) -> Array:
@@ -495,13 +472,8 @@ def _uniform_like(key: Key, x: Array) -> Array:
 
 
 def _velocity(at: AlphaSigma, prediction: Prediction) -> Array:
-    """cos(phi) eps - sin(phi) x0."""
-    norm, (x0, eps) = _norm(at), prediction[:2]
-    return bcast(at.alpha / norm, eps) * eps - bcast(at.sigma / norm, x0) * x0
-
-
-def _norm(at: AlphaSigma) -> Array:
-    return jnp.sqrt(at.alpha**2 + at.sigma**2)
+    (x0, eps), n = prediction[:2], jnp.hypot(*at)
+    return bcast(at.alpha / n, eps) * eps - bcast(at.sigma / n, x0) * x0
 
 
 def _angle(at: AlphaSigma) -> Array:
@@ -513,19 +485,15 @@ def _logsnr_of_angle(angle: Array) -> Array:
 
 
 def _sum(x: Array) -> Array:
-    return jnp.sum(jnp.reshape(_at_least_float32(x), (x.shape[0], -1)), axis=1)
+    return jnp.sum(jnp.reshape(_at_least_float32(x), (len(x), -1)), axis=1)
 
 
 def _at_least_float32(x: Array) -> Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
-def _add(a: State, c: Array, b: State) -> State:
-    return a[0] + bcast(c, a[0]) * b[0], a[1] + bcast(c, a[1]) * b[1]
-
-
 def _check_times(name: str, times: Array) -> Array:
-    if times.ndim != 1 or times.shape[0] < 2:
+    if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"{name}: times must be f32[n + 1] with n >= 1, got shape {times.shape}")
     if is_concrete(times) and not bool(np.all(np.diff(np.asarray(times)) < 0)):
         raise ValueError(f"{name}: times of shape {times.shape} must decrease, from noise to data as in `sample`")

@@ -66,9 +66,9 @@ def pairs(schedule, t, n=6, mean=MEAN, std=STD):
     return x0, (x - alpha * x0) / sigma, jnp.asarray(weights / weights.sum())
 
 
-def over_times(schedule, times):
+def over_times(schedule, times, n=4):
     """The same at each of k times (rows: t, or t and s): x0, eps f64[k n^2, 1], times f64[k n^2] each, weights."""
     times = jnp.asarray(times)
-    x0, eps, w = jax.vmap(lambda row: pairs(schedule, row[0]))(times)
+    x0, eps, w = jax.vmap(lambda row: pairs(schedule, row[0], n))(times)
     columns = [jnp.repeat(column, w.shape[1]) for column in times.T]
     return x0.reshape(-1, 1), eps.reshape(-1, 1), columns, w.reshape(-1) / len(times)

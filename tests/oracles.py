@@ -1,7 +1,7 @@
-r"""Exact errors of samplers on Gaussian data, in float64.
+r"""Exact errors of samplers on Gaussian data, in float64, and a test of the law they draw.
 
-There the denoiser is affine in x, so a step with injected noise z is an affine map of (x, history, z), and its Jacobians
-carry the mean m and the covariance C of the law that a random sampler reaches, without drawing anything:
+There the denoiser is affine in x, so a step with injected noise z is an affine map of (x, history, z), and its
+Jacobians carry the mean m and the covariance C of the law that a random sampler reaches, without drawing anything:
 
     m <- step(m, z = 0),    C <- J_x C J_x^T + J_z J_z^T                                      (1)
 """
@@ -11,10 +11,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 import diffusion_jax as dj
 from conformance.table import PROBLEMS
 from diffusion_jax.evaluation import mixtures
+from diffusion_jax.evaluation.mixtures import Mixture
 
 # Between these times nothing is singular.
 RANGES = {"vp_linear": (0.8, 0.1), "rectified": (0.95, 0.1), "cosine": (0.9, 0.1), "edm": (3.0, 0.2), "ve": (0.8, 0.2)}
@@ -81,8 +83,8 @@ def law_at(law, schedule, t):
         return mixtures.marginal(law, *(float(c) for c in schedule(jnp.asarray(float(t)))))
 
 
-def law_propagator(make, schedule, law):
-    """times -> (mean [d], covariance [d d]) of the law that the sampler make(noise) reaches from the exact one, eq. (1).
+def law_propagator(make, schedule, law, denoiser=None):
+    """times -> (mean [d], covariance [d d]) that make(noise) reaches from the exact law at times[0], eq. (1).
 
     Every call of `noise` in a step is a draw of its own, so a step must not call it inside a loop.
     """
@@ -92,7 +94,7 @@ def law_propagator(make, schedule, law):
         calls.append(1)
         return pending.pop(0) if pending else jnp.zeros_like(x)
 
-    sampler, denoise = make(noise), at_scalar_time(exact_denoiser(law, schedule))
+    sampler, denoise = make(noise), at_scalar_time(denoiser or exact_denoiser(law, schedule))
 
     def is_affine(leaf):
         """A history of x, and not of log SNRs or counters."""
@@ -135,3 +137,36 @@ def law_propagator(make, schedule, law):
         return np.asarray(u)[:d], np.asarray(covariance)[:d, :d]
 
     return propagate
+
+
+def check_law(x, mixture, directions):
+    """Every entry of mean and covariance (of 32) within its standard errors, p > 0.001; KS on projections, p > 0.01.
+
+    Both are corrected for the number of comparisons (Bonferroni). Returns the smallest corrected p-value of KS.
+    """
+    x = np.asarray(x, np.float64).reshape(len(x), -1)
+    n, (mean, covariance) = len(x), mixtures.moments(mixture)
+    error = np.abs(x.mean(0) - mean) / np.sqrt(np.diag(covariance) / n)
+    assert error.max() < stats.norm.isf(0.0005 / error.size), f"mean off by {error.max():.1f} standard errors"
+    centred = x - mean
+    few = centred[:, :32]
+    products = few[:, :, None] * few[:, None, :]
+    error = np.abs(products.mean(0) - covariance[:32, :32]) / (products.std(0) / np.sqrt(n))
+    assert error.max() < stats.norm.isf(0.0005 / error.size), f"covariance off by {error.max():.1f} standard errors"
+    p = [stats.kstest(x @ u, mixtures.projected_cdf(mixture, u)).pvalue for u in directions]
+    assert min(p) * len(p) > 0.01, f"KS p-values {p}"
+    return min(p) * len(p)
+
+
+def run_law(sampler, problem, steps, n=2000, index=-1):
+    """Two components in 16 dimensions: start from the exact law at times[0], compare with that at times[index]."""
+    rng, schedule, times = np.random.default_rng(0), PROBLEMS[problem].schedule, PROBLEMS[problem].grid(steps)
+    variance, apart = rng.uniform(0.2, 0.6, 16), rng.standard_normal(16)
+    apart *= 1.5 / np.linalg.norm(apart)
+    law = Mixture(np.array([0.3, 0.7]), np.stack([apart, -apart]), np.stack([variance, variance[::-1] / 2]))
+    x = jnp.asarray(mixtures.draw(rng, law_at(law, schedule, times[0]), n), jnp.float32)
+    denoiser = exact_denoiser(law, schedule)
+    y = jax.jit(lambda key: dj.sample(key, sampler, denoiser, x, times))(jax.random.key(0))
+    random = rng.standard_normal(16)
+    directions = [np.eye(16)[0], random / np.linalg.norm(random), apart / np.linalg.norm(apart)]
+    print(f"smallest corrected p = {check_law(y, law_at(law, schedule, times[index]), directions):.3f}")

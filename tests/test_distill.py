@@ -224,6 +224,50 @@ def test_the_tangent_is_the_derivative_along_the_path(name, teach, x64):
     np.testing.assert_allclose(first, -(cos**2) * difference, rtol=1e-9, atol=1e-12)
 
 
+def test_targets_pass_no_gradient(x64):
+    """The gradient is that of the student's own call against a constant, here computed apart and held fixed."""
+    sch, h = dj.rectified(), 1e-5
+    x0, eps = drawn()
+    t, s = jnp.linspace(0.5, 0.9, len(x0)), jnp.linspace(0.1, 0.8, len(x0))
+    x, v, d = dj.q_sample(sch, x0, t, eps), eps - x0, dj.bcast(t - s, x0)
+
+    def f(p, x, t):
+        return wavy(sch, p)(x, t).x0
+
+    def u(p, x, t, s):
+        return p * jnp.tanh(x * dj.bcast(1 + t * s, x)) + p**2 * dj.bcast(t - s, x)
+
+    def du(v, p=0.7):
+        return (u(p, x + h * v, t + h, s) - u(p, x - h * v, t - h, s)) / (2 * h)
+
+    def close(loss, student, target):
+        def own(p):
+            return jnp.sum((student(p) - target) ** 2)
+
+        found = jax.grad(lambda p: jnp.sum(loss(p)) * x0.shape[1])(0.7)
+        np.testing.assert_allclose(found, jax.grad(own)(0.7), rtol=1e-7)
+
+    def model(p):
+        return lambda x, t, s, cond: u(p, x, t, s)
+
+    data = x0, t, s, eps
+    close(
+        lambda p: consistency_training_loss(wavy(sch, p), sch, *data),
+        lambda p: f(p, x, t),
+        f(0.7, dj.q_sample(sch, x0, s, eps), s),
+    )
+    close(lambda p: mean_flow_loss(model(p), sch, *data), lambda p: u(p, x, t, s), v - d * du(v))
+    close(
+        lambda p: improved_mean_flow_loss(model(p), sch, *data),
+        lambda p: u(p, x, t, s),
+        v - d * du(u(0.7, x, t, t)),
+    )
+    m = (t + s) / 2
+    first = u(0.7, x, t, m)
+    second = u(0.7, x - d / 2 * first, m, s)
+    close(lambda p: shortcut_loss(model(p), sch, *data, smallest=0.0), lambda p: u(p, x, t, s), (first + second) / 2)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_mean_flow_identity(schedule, x64):
     """u + (t - s) du/dt = v, eq. (2): with the posterior means as the pair, whose velocity is v, both losses are 0."""

@@ -47,8 +47,8 @@ def ddim(schedule: Schedule, eta: float = 0.0, noise: Noise = white) -> Sampler:
 def euler_ancestral(schedule: Schedule, eta: float = 1.0, noise: Noise = white) -> Sampler:
     """Ancestral Euler of k-diffusion (Crowson 2022), which is `ddim` under another name.
 
-    There, with noise levels sigma / alpha written sigma, it goes by an Euler step down to sqrt(sigma_s^2 - sigma_up^2) and
-    adds sigma_up z, sigma_up = eta sigma_s sqrt(sigma_t^2 - sigma_s^2) / sigma_t: eq. (1) with c = alpha_s sigma_up.
+    There, in x / alpha and with sigma for sigma / alpha, an Euler step goes down to sqrt(sigma_s^2 - sigma_up^2), then
+    sigma_up z is added, sigma_up = eta sigma_s sqrt(1 - sigma_s^2 / sigma_t^2): eq. (1) with c = alpha_s sigma_up.
     """
     return ddim(schedule, eta, noise)
 

@@ -53,6 +53,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.ops import bcast, is_concrete
 from diffusion_jax.samplers.noise import white
@@ -114,15 +115,14 @@ def moments(z: Array, n: int) -> Array:
     >>> [round(float(v), 4) for v in moments(jnp.float32(1e-3), 3) / 1e-3]
     [0.9995, 0.4998, 0.3332]
     """
-    k = jnp.arange(n, dtype=z.dtype)
-    series, small = jnp.ones_like(k), jnp.abs(z) < 2
-    for j in range(22, 0, -1):
-        series = 1 - z / (k + 1 + j) * series
+    table = np.array([[math.factorial(k) / math.factorial(k + m + 1) for m in range(24)] for k in range(n)])
+    powers = jnp.power(-z, jnp.arange(24, dtype=z.dtype))
+    small = jnp.abs(z) < 2
     large = jnp.where(small, 2, z)
     forward = [-jnp.expm1(-large)]
-    for i in range(1, n):
-        forward.append(1 - i / large * forward[-1])
-    return jnp.where(small, z / (k + 1) * series, jnp.stack(forward))
+    for k in range(1, n):
+        forward.append(1 - k / large * forward[-1])
+    return jnp.where(small, z * jnp.sum(jnp.asarray(table, z.dtype) * powers[None], axis=1), jnp.stack(forward))
 
 
 def slope_integral(psi: Array, z: Array, slope: Slope) -> Array:
@@ -266,6 +266,8 @@ def unipc(schedule: Schedule, order: int = 2, slope: Slope = "bh2", predicts: Qu
     Its B(h) cancels except with one difference, where a_1 = 1/2: slope "bh1" for B_1(h) = h, "bh2" for
     B_2(h) = e^h - 1, "exact" for the solution of its equation (5) there too.
     """
+    if not 1 <= order <= 3:
+        raise ValueError(f"unipc: order must be in 1..3, got {order}")
     return multistep(schedule, order, order + 1, predicts, rule=exponential_rule(slope))
 
 

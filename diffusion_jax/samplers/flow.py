@@ -68,8 +68,8 @@ def midpoint(schedule: Schedule) -> Sampler:
 def dpm_2(schedule: Schedule, eta: float = 0.0, noise: Noise = white) -> Sampler:
     """DPM-2 of k-diffusion (Crowson 2022): the midpoint method for (2), at the geometric mean of the noise levels.
 
-    With eta > 0 its ancestral form: down to sqrt(sigma_s^2 - c^2) and up again by c z, with `ddim`'s c. Two evaluations;
-    the flow to second order, the law for eta > 0 to first. One evaluation, of `ddim`, where a level is 0 or infinite.
+    With eta > 0 its ancestral form: down to sqrt(sigma_s^2 - c^2) and up again by c z, with `ddim`'s c. Both keep the
+    law of each level, so its order in law is 2 too. Two evaluations; one, of `ddim`, where a level is 0 or infinite.
     At eta = 0 it is DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1).
     """
     in_unit_interval("dpm_2", eta)
@@ -113,8 +113,8 @@ def adaptive(schedule: Schedule, rtol: float, atol: float, solver: Any = None, m
             target = 2 * jnp.log(jnp.maximum(jnp.cos(a), 0)) - 2 * jnp.log(jnp.sin(a))
             m = inverse_logsnr(schedule, target, s, t)
             alpha, sigma, r = level(m)
-            p = denoise(bcast(r, x) * y.astype(x.dtype), m)
-            return (alpha / r * p.eps - sigma / r * p.x0).astype(y.dtype)
+            p = denoise((r * y).astype(x.dtype), m)
+            return (bcast(alpha / r, x) * p.eps - bcast(sigma / r, x) * p.x0).astype(y.dtype)
 
         def worst(scaled: Array) -> Array:
             return jnp.sqrt(jnp.max(mean_per_example(scaled**2)))

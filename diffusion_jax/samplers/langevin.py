@@ -46,11 +46,11 @@ def langevin(schedule: Schedule, snr: float = 0.16, steps: int = 1) -> Sampler:
 
 
 def annealed_langevin(schedule: Schedule, epsilon: float = 2e-5, last: float = 0.01, steps: int = 100) -> Sampler:
-    """Annealed Langevin dynamics of noise-conditional score networks (Song & Ermon 2019, arXiv:1907.05600, algorithm 1).
+    """Annealed Langevin dynamics of score networks (Song & Ermon 2019, arXiv:1907.05600, algorithm 1).
 
-    `steps` of (1) at each level but the grid's last, which is not visited, with the paper's alpha_i = 2 e =
-    epsilon sigma_t^2 / last^2: `langevin` with snr = sqrt(epsilon) / (2 last). The defaults are the paper's, where
-    `last` is the smallest of ten levels of `ve(0.01, 1.0)`.
+    `steps` of (1) at each time but the grid's last, with the paper's alpha_i = 2 e = epsilon sigma_t^2 / last^2:
+    `langevin` with snr = sqrt(epsilon) / (2 last). The defaults are the paper's, whose levels go from 1 down to
+    last = 0.01 in ten steps: on `edm()` the grid is these, then 0.
     """
     if epsilon <= 0 or last <= 0:
         raise ValueError(f"annealed_langevin: epsilon and last must be positive, got {epsilon}, {last}")
@@ -73,7 +73,7 @@ def langevin_dynamics(key: Key, score: Score, x: Array, step: ArrayLike, n: int)
 def underdamped_langevin(
     key: Key, score: Score, x: Array, step: ArrayLike, n: int, friction: ArrayLike = 1.0
 ) -> tuple[Array, Array]:
-    """n steps BAOAB of underdamped Langevin dynamics (2), from x: f32[b *d] and a fresh velocity; (x, v), each f32[b *d].
+    """n steps BAOAB of underdamped Langevin dynamics (2), from x: f32[b *d] and a fresh velocity; (x, v) like x.
 
     Leimkuhler & Matthews 2013, arXiv:1203.5428; one score a step. (2) is the dynamics that critically damped Langevin
     diffusion has for its forward process (Dockhorn et al. 2022, arXiv:2112.07068).

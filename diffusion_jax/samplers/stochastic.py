@@ -81,6 +81,7 @@ def restart(inner: Sampler, schedule: Schedule, times: Array, repeats: int) -> S
 
     def step(key: Key, x: Array, state: Any, t: Array, s: Array, denoise: Denoise) -> tuple[Array, Any]:
         x, state = inner.step(fold(key, 0), x, state, t, s, denoise)
+        t_min = times[-1].astype(t.dtype)
         grid = times.astype(t.dtype).at[-1].set(s)
 
         def again(carry: tuple[Array, Any], k: Array) -> tuple[tuple[Array, Any], None]:
@@ -96,7 +97,7 @@ def restart(inner: Sampler, schedule: Schedule, times: Array, repeats: int) -> S
         def repeat() -> tuple[Array, Any]:
             return jax.lax.scan(again, (x, state), jnp.arange(1, repeats + 1))[0]
 
-        return jax.lax.cond((t > times[-1]) & (s <= times[-1]), repeat, lambda: (x, state))
+        return jax.lax.cond((t > t_min) & (s <= t_min), repeat, lambda: (x, state))
 
     return Sampler(inner.init, step)
 

@@ -1,0 +1,57 @@
+"""All measures and pictures, in worker processes.
+
+Beside `__main__`, because a worker that is spawned can import functions from any module but that one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from conformance import gallery, likelihood, posterior, samplers
+from conformance.table import SAMPLERS
+
+
+def measure_sampler(name: str) -> tuple[dict[str, Any], Any]:
+    """The row of a sampler, and its paths for the gallery (None if it cannot run)."""
+    row = samplers.measure(name)
+    return row, gallery.path(name) if "laws" in row else None
+
+
+def measure_all(folder: Path, workers: int = 2) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Results, paths of the samplers, captions of the pictures: everything, the longest first, in worker processes."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting: dict[Future, str] = {}
+
+        def submit(what: str, function: Callable[..., Any], *arguments: Any) -> Future:
+            future = pool.submit(function, *arguments)
+            waiting[future] = what
+            return future
+
+        triangle = submit("likelihood", likelihood.measure)
+        inverse = [
+            submit("posterior", posterior.measure, posterior.ROWS[i : i + 6]) for i in range(0, len(posterior.ROWS), 6)
+        ]
+        rows = {name: submit(name, measure_sampler, name) for name in SAMPLERS}
+        floor = submit("exact draws", samplers.measure_floor)
+        pictures = {name: submit(name, picture, folder) for name, picture in gallery.PICTURES.items()}
+        with tqdm(total=len(waiting), unit="measure") as bar:
+            for future in as_completed(waiting):
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)
+                bar.set_postfix_str(waiting[future])
+                bar.update()
+        measured = {name: future.result() for name, future in rows.items()}
+        results = {
+            "samplers": [row for row, _ in measured.values()],
+            "floor": floor.result(),
+            "likelihood": triangle.result(),
+            "posterior": [row for part in inverse for row in part.result()],
+        }
+        paths = {name: path for name, (_, path) in measured.items() if path is not None}
+        return results, paths, {name: future.result() for name, future in pictures.items()}
