@@ -163,8 +163,8 @@ def score_field(folder: Path) -> str:
         square(axis, limit, f"t = {t:g}: alpha {alpha:.2f}, sigma {sigma:.2f}")
     save(figure, folder, "score_field.png")
     return (
-        "The score of the noised ring over its log density, one nat a shade, from much noise to little. An arrow's length "
-        "is the square root of the score's, in units of the longest of its panel."
+        "The score of the noised ring over its log density, one nat a shade, from much noise to little. An arrow's "
+        "length is the square root of the score's, in units of the longest of its panel."
     )
 
 
@@ -201,8 +201,8 @@ def marginals(folder: Path) -> str:
         axis.set_ylabel(r"$x_t\,/\,\sqrt{\alpha^2 + \sigma^2}$")
     save(figure, folder, "marginals.png")
     return (
-        "The law of x_t over time for a mixture of three Gaussians, each column in units of its own peak, and the exact "
-        "probability flow, whose lines are quantiles."
+        "The law of x_t over time for a mixture of three Gaussians, each column in units of its own peak, and the "
+        "exact probability flow, whose lines are quantiles."
     )
 
 
@@ -229,7 +229,7 @@ def schedule_curves(folder: Path) -> str:
     axes[2].set(title="log SNR(t)", xlabel="t", ylim=(-12, 14))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save(figure, folder, "schedules.png")
-    return "Signal, noise and log signal-to-noise ratio of the schedules on [0, 1]. `ve` goes on to sigma = 10; `edm` is (1, t)."
+    return "Signal, noise and log signal-to-noise ratio on [0, 1]. `ve` goes on to sigma = 10; `edm` is (1, t)."
 
 
 def guided(folder: Path) -> str:
@@ -259,9 +259,9 @@ def guided(folder: Path) -> str:
         square(axis, 3.0, name, up=0.9)
     save(figure, folder, "guidance.png")
     return (
-        "Guidance towards the upright one of three classes (green: its true density; grey: all classes), DDIM, 60 steps. "
-        "Scale 1 samples the class; larger scales move away from where the classes overlap and lose the spread; a limited "
-        "interval and autoguidance (away from the same model with more variance) keep more of it."
+        "Guidance towards the upright one of three classes (green: its true density; grey: all classes), DDIM, 60 "
+        "steps. Scale 1 samples the class; larger scales move away from where the classes overlap and lose the "
+        "spread; a limited interval and autoguidance (away from the same model with more variance) keep more of it."
     )
 
 
@@ -300,8 +300,9 @@ def posterior(folder: Path) -> str:
         square(axis, 2.9, name)
     save(figure, folder, "posterior.png")
     return (
-        "Samples of the ring given a noisy measurement of the horizontal coordinate (yellow: one standard deviation). Green: "
-        "the true posterior. Only exact draws and twisted SMC have its law; README.md has the figures in 64 dimensions."
+        "Samples of the ring given a noisy measurement of the horizontal coordinate (yellow: one standard deviation). "
+        "Green: the true posterior. Only exact draws and, with many particles, twisted SMC have its law; the table has "
+        "the distances in 64 dimensions."
     )
 
 
@@ -345,13 +346,14 @@ def convergence(folder: Path, rows: list[dict[str, Any]]) -> str:
         axis.axhline(1e-2, color=INK, lw=0.5, ls=":")
         axis.axhline(1e-3, color=INK, lw=0.5, ls=":")
         axis.set(xlim=(2, 1100), ylim=(7e-4, 2), xlabel="evaluations of the denoiser")
-        axis.legend(fontsize=6.5, ncols=2, loc="lower left", labelspacing=0.25, handlelength=1.6)
+        if seen:
+            axis.legend(fontsize=6.5, ncols=2, loc="lower left", labelspacing=0.25, handlelength=1.6)
     axes[0].set(title="probability flow, on a mixture", ylabel="error, in the data's standard deviation")
     axes[1].set_title("random, law on Gaussians")
     save(figure, folder, "convergence.png")
     return (
-        "Error against evaluations on each sampler's own grid, until it is below 1e-3. Colours are theory's order: grey 1, "
-        "blue 2, green 3, red 4."
+        "Error against evaluations on each sampler's own grid, until it is below 1e-3. Colours are theory's order: "
+        "grey 1, blue 2, green 3, red 4."
     )
 
 

@@ -35,30 +35,32 @@ make conformance ARGS="out=docs/conformance"
 
 """
 
+_PLACES = ", ".join(f"`{name}` from t = {high:g} to {low:g}" for name, (high, low) in INTERVALS.items())
+_SETS = " and ".join(f"{n} in {dimension}" for dimension, n in EXAMPLES.items())
 COLUMNS = f"""
 - **order**: theory's, then as measured in float64. On *Gaussians* in three dimensions the error is the Wasserstein-2
-  distance between the sampler's law and the exact one, without any drawing: there a sampler is affine in its start and in
-  its noise, so that both laws are Gaussian and known. For a random sampler this is its weak order. On a *mixture* in one
-  dimension the error of a deterministic sampler is the distance from the exact probability flow, which is the quantile
-  map F_s^-1(F_t(x)): root mean square over 33 quantiles. The order is the slope of log error over the last three of
-  {DOUBLINGS[0]}, {DOUBLINGS[1]}, ... {DOUBLINGS[-1]} steps whose error is above 1e-11, extrapolated to infinitely many
-  steps: 2 p(n) - p(n / 2). It has to be within 0.1 of theory; from the third order on, at least theory less 0.2.
-- Where it is measured: {"; ".join(f"`{name}` from t = {high:g} to {low:g}" for name, (high, low) in INTERVALS.items())}. The
-  grid is t_i = high - (high - low) (i / n)^2: neighbouring steps differ in length, and the first one is of
-  length O(n^-2), so that the low order in which a multistep method starts is not what is seen. On equal steps, from a
-  time at which the flow is already curved, such a method falls back to the order of its start.
-- **evaluations**: of the denoiser in a step in the middle of the grid, counted as they ran. **for 1e-2, 1e-3**: the fewest
-  in all, over {COUNTS[0]} to {COUNTS[-1]} steps of the problem's own grid, that bring the error below that part of the
-  data's standard deviation; the error on the mixture for a deterministic sampler, on Gaussians for a random one, which
-  compare only roughly.
+  distance between the sampler's law and the exact one, without any drawing: there a sampler is affine in its start and
+  in its noise, so that both laws are Gaussian and known. For a random sampler this is its weak order. On a *mixture* in
+  one dimension the error of a deterministic sampler is the distance from the exact probability flow, which is the
+  quantile map F_s^-1(F_t(x)): root mean square over 33 quantiles. The order is the slope of log error over the last
+  three of {DOUBLINGS[0]}, {DOUBLINGS[1]}, ... {DOUBLINGS[-1]} steps whose error is above 1e-11, extrapolated to
+  infinitely many steps: 2 p(n) - p(n / 2). It has to be within 0.1 of theory; from the third order on, at least theory
+  less 0.2.
+- Where: {_PLACES}, on the grid t_i = high - (high - low) (i / n)^2.
+  So neighbouring steps differ in length, and the first one has length O(n^-2): the low order in which a multistep
+  method starts is not what is seen. On equal steps, from a time at which the flow is already curved, such a method
+  falls back to the order of its start.
+- **evaluations**: of the denoiser in a step in the middle of the grid, counted as they ran. **for 1e-2, 1e-3**: the
+  fewest in all, over {COUNTS[0]} to {COUNTS[-1]} steps of the problem's own grid, that bring the error below that part
+  of the data's standard deviation; the error on the mixture for a deterministic sampler, on Gaussians for a random one,
+  which compare only roughly.
 - **1-D, 64-D**: float32 examples against a mixture of two Gaussians, in 64 dimensions with rotated covariances:
-  {" and ".join(f"{n} examples in {d}" for d, n in EXAMPLES.items())}, after the stated number of steps (about {STEPS} evaluations,
-  a quarter of that where the order is two or more). Errors of mean and covariance, relative to the law's own; p-values
-  of Kolmogorov and Smirnov's test (in 64-D on eight directions) and of the maximum mean discrepancy over 128 random
-  Fourier features, whose null distribution is known. Mean and covariance are tested too. Each p is
-  corrected for these four tests (Bonferroni) and has to exceed {LEVEL}; if one does not, all is drawn anew with another key,
-  once, and that counts. "exact" is what exact draws would give.
-- **traces**: how often JAX traced the sampler for two or three keys, grids and sets of examples. More than 1 is a recompilation.
+  {_SETS}, after the stated number of steps (about {STEPS} evaluations, a quarter where the order is two or more). Errors
+  of mean and covariance, relative to the law's own; p-values of Kolmogorov and Smirnov's test (in 64-D on eight
+  directions) and of the maximum mean discrepancy over 128 random Fourier features, whose null distribution is known.
+  Mean and covariance are tested too. Each p is corrected for these four tests (Bonferroni) and has to exceed {LEVEL};
+  if one does not, all is drawn anew with another key, once, and that counts. "exact" is what exact draws give.
+- **traces**: how often JAX traced one jitted step in a loop over two grids with two keys. More than 1 recompiles.
 - **holds**: whether all was measured that theory, and the entry in `conformance/table.py`, claim.
 """
 

@@ -6,7 +6,6 @@ Beside `__main__`, because a worker that is spawned can import functions from an
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -25,33 +24,28 @@ def measure_sampler(name: str) -> tuple[dict[str, Any], Any]:
 
 def measure_all(folder: Path, workers: int = 2) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Results, paths of the samplers, captions of the pictures: everything, the longest first, in worker processes."""
+    parts = [posterior.ROWS[i : i + 6] for i in range(0, len(posterior.ROWS), 6)]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: dict[Future, str] = {}
+        triangle = pool.submit(likelihood.measure)
+        inverse = [pool.submit(posterior.measure, part) for part in parts]
+        rows = {name: pool.submit(measure_sampler, name) for name in SAMPLERS}
+        floor = pool.submit(samplers.measure_floor)
+        pictures = {name: pool.submit(draw, folder) for name, draw in gallery.PICTURES.items()}
+        wait([triangle, *inverse, *rows.values(), floor, *pictures.values()], pool)
+    measured = {name: future.result() for name, future in rows.items()}
+    results = {
+        "samplers": [row for row, _ in measured.values()],
+        "floor": floor.result(),
+        "likelihood": triangle.result(),
+        "posterior": [row for part in inverse for row in part.result()],
+    }
+    paths = {name: path for name, (_, path) in measured.items() if path is not None}
+    return results, paths, {name: future.result() for name, future in pictures.items()}
 
-        def submit(what: str, function: Callable[..., Any], *arguments: Any) -> Future:
-            future = pool.submit(function, *arguments)
-            waiting[future] = what
-            return future
 
-        triangle = submit("likelihood", likelihood.measure)
-        inverse = [
-            submit("posterior", posterior.measure, posterior.ROWS[i : i + 6]) for i in range(0, len(posterior.ROWS), 6)
-        ]
-        rows = {name: submit(name, measure_sampler, name) for name in SAMPLERS}
-        floor = submit("exact draws", samplers.measure_floor)
-        pictures = {name: submit(name, picture, folder) for name, picture in gallery.PICTURES.items()}
-        with tqdm(total=len(waiting), unit="measure") as bar:
-            for future in as_completed(waiting):
-                if future.exception():
-                    pool.shutdown(cancel_futures=True)
-                bar.set_postfix_str(waiting[future])
-                bar.update()
-        measured = {name: future.result() for name, future in rows.items()}
-        results = {
-            "samplers": [row for row, _ in measured.values()],
-            "floor": floor.result(),
-            "likelihood": triangle.result(),
-            "posterior": [row for part in inverse for row in part.result()],
-        }
-        paths = {name: path for name, (_, path) in measured.items() if path is not None}
-        return results, paths, {name: future.result() for name, future in pictures.items()}
+def wait(futures: list[Future], pool: ProcessPoolExecutor) -> None:
+    """Show progress until all are done; the first error ends it."""
+    for future in tqdm(as_completed(futures), total=len(futures), unit="measure"):
+        if future.exception():
+            pool.shutdown(wait=False, cancel_futures=True)
+            future.result()

@@ -42,7 +42,6 @@ from diffusion_jax.evaluation.mixtures import Mixture
 from diffusion_jax.typing import Array, Denoiser, Noise, Schedule
 
 LINE = Mixture(np.array([0.3, 0.7]), np.array([[-1.0], [0.8]]), np.array([[0.1], [0.2]]))
-GAUSSIAN = Mixture(np.array([0.5, 0.5]), np.full((2, 1), 0.5), np.full((2, 1), 0.25))  # two equal components
 BELLS = mixtures.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
 
 # Where the order is measured: inside, no coefficient is singular and the flow has work to do.
@@ -341,31 +340,26 @@ def check_law(x: np.ndarray, probe: Probe) -> dict[str, float]:
     } | {name: min(1.0, len(p) * float(value)) for name, value in p.items()}
 
 
-def measure_law(entry: Entry, dimension: str) -> tuple[dict[str, Any], int]:
-    """From exact draws at the top of the grid, in float32, to its end: `check_law`, and how often it was traced.
+def measure_law(entry: Entry, dimension: str) -> dict[str, Any]:
+    """From exact draws at the top of the grid, in float32, to its end: `check_law`.
 
     If a p is too small all is drawn anew, once, with another key.
     """
     law, problem = LINE if dimension == "1-D" else space(), PROBLEMS[entry.problem]
     steps = max((STEPS if (entry.order or 1) < 2 else STEPS // 4) // (entry.evaluations or 10), 50)
-    traces, found = [], {}
+    times, found = grid(entry.problem, steps).astype(np.float32), {}
 
     @jax.jit
     def go(key: Array, law: Mixture, x: Array, times: Array) -> Array:
-        traces.append(1)
         return dj.sample(key, entry.make(problem, dj.white), exact(law, problem.schedule), x, times)
 
     for draws in (1, 2):
-        times = grid(entry.problem, steps).astype(np.float32)
         x = mixtures.draw(np.random.default_rng(draws), at(law, problem.schedule, times[0]), EXAMPLES[dimension])
         y = go(jax.random.key(draws), jax.tree.map(np.float32, law), np.float32(x), times)
         found = check_law(y, probe_of(dimension, entry.problem)) | {"steps": steps, "n": len(x), "draws": draws}
         if not entry.law or min(found[name] for name in TESTS) > LEVEL:
             break
-    if dimension == "1-D":
-        other = np.linspace(times[0], times[-1], len(times))
-        go(jax.random.key(3), jax.tree.map(np.float32, law), np.float32(x), other)
-    return found, len(traces)
+    return found
 
 
 def measure_floor() -> dict[str, Any]:
@@ -375,7 +369,24 @@ def measure_floor() -> dict[str, Any]:
     return {k: check_law(x, probes[k]) | {"steps": 0, "n": len(x), "draws": 1} for k, x in draws.items()}
 
 
-# --- the row of the table ---------------------------------------------------------------------------------------------
+# --- compilation and the row of the table -----------------------------------------------------------------------------
+
+
+def count_traces(entry: Entry) -> int:
+    """How often one jitted step is traced in a Python loop over two keys and two grids: more than 1 recompiles."""
+    problem, traces = PROBLEMS[entry.problem], []
+    sampler, denoiser = entry.make(problem, dj.white), exact(LINE, problem.schedule)
+
+    @jax.jit
+    def step(key: Array, x: Array, state: Any, t: Array, s: Array) -> tuple[Array, Any]:
+        traces.append(1)
+        return sampler.step(key, x, state, t, s, lambda x, t: denoiser(x, jnp.broadcast_to(t, x.shape[:1]), None))
+
+    for n in (3, 4):
+        x, state = jnp.ones((2, 1)), sampler.init(jnp.ones((2, 1)))
+        for t, s in itertools.pairwise(grid(entry.problem, n).astype(np.float32)):
+            x, state = step(jax.random.key(n), x, state, t, s)
+    return len(traces)
 
 
 def misses(entry: Entry, row: dict[str, Any]) -> list[str]:
@@ -407,8 +418,7 @@ def measure(name: str, entry: Entry | None = None) -> dict[str, Any]:
     row |= {"theory": entry.order, "claimed_evaluations": entry.evaluations, "claims_law": entry.law}
     try:
         row |= measure_errors(entry)
-        laws = {dimension: measure_law(entry, dimension) for dimension in EXAMPLES}
-        row |= {"laws": {k: law for k, (law, _) in laws.items()}, "traces": laws["1-D"][1]}
+        row |= {"traces": count_traces(entry), "laws": {k: measure_law(entry, k) for k in EXAMPLES}}
         row["misses"] = misses(entry, row)
     except Exception as error:  # a sampler that cannot run is a row of the table as well
         row["misses"] = [f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"]

@@ -136,8 +136,10 @@ SAMPLERS: dict[str, Entry] = {
     **{
         f"ipndm_{order}": Entry(
             lambda p, noise, order=order: exponential.ipndm(p.schedule, order),
-            None,
-            remark="of its order on grids uniform in sigma / alpha only, see tests/test_exponential.py",
+            order if order < 3 else None,
+            remark=""
+            if order < 3
+            else "of order 2, and of its own on grids uniform in sigma / alpha (test_exponential)",
         )
         for order in (1, 2, 3, 4)
     },

@@ -1,4 +1,4 @@
-r"""Networks become denoisers here: parameterization, network time, preconditioning.
+r"""Networks become denoisers here: parameterization, network time, preconditioning, another schedule.
 
 A bound network is `(x, t, cond) -> f32[b *d']`, for example `partial(net.apply, params)`.
 
@@ -8,6 +8,11 @@ sigma_data, with sigma = sigma_t / alpha_t and x / alpha_t so that any schedule 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)                                        (1)
     c_skip = sd^2 / (sigma^2 + sd^2)          c_out   = sigma sd / sqrt(sigma^2 + sd^2)
     c_in   = 1 / sqrt(sigma^2 + sd^2)         c_noise = log(sigma) / 4
+
+x_t / norm(alpha, sigma) depends on the log SNR alone (Karras et al. 2022, section 2; Kingma et al. 2021,
+arXiv:2107.00630, section 5.1): a denoiser of one schedule is one of any other, at the time tau of the same log SNR,
+
+    D(x, t) = D_trained(c x, tau),   c = norm(alpha_tau, sigma_tau) / norm(alpha_t, sigma_t)  (2)
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.ops import bcast
 from diffusion_jax.predictions import FROM, Predicts, from_x0, lookup
+from diffusion_jax.schedules import inverse_logsnr, logsnr
 from diffusion_jax.typing import Array, Cond, Denoiser, Prediction, Schedule
 
 BoundNet = Callable[[Array, Array, Cond], Array]
@@ -62,6 +68,26 @@ def edm_precondition(net: BoundNet, schedule: Schedule, sigma_data: float = 0.5)
         return from_x0(schedule, x, t, bcast(skip, x) * x + bcast(sigma * sigma_data / norm, x) * out)
 
     return denoiser
+
+
+def reschedule(
+    denoiser: Denoiser, trained: Schedule, schedule: Schedule, low: float = 0.0, high: float = 1.0
+) -> Denoiser:
+    """A denoiser for `schedule` from one for the schedule `trained`, eq. (2); [low, high] is the trained one's time.
+
+    Exact where the log SNR is reached there. Beyond, the nearer end is asked, its x0 is kept and eps made consistent.
+    A learned reverse variance is dropped: its bounds belong to the schedule.
+    """
+
+    def moved(x: Array, t: Array, cond: Cond = None) -> Prediction:
+        value = logsnr(schedule, t)
+        tau = inverse_logsnr(trained, value, low, high)
+        c = jnp.hypot(*trained(tau)) / jnp.hypot(*schedule(t))
+        p = denoiser(bcast(c, x) * x, tau, cond)
+        reached = jnp.abs(logsnr(trained, tau) - value) < 1e-2
+        return Prediction(p.x0, jnp.where(bcast(reached, x) > 0, p.eps, from_x0(schedule, x, t, p.x0).eps))
+
+    return moved
 
 
 def discrete_time(table: int = 1000) -> Callable[[Array], Array]:

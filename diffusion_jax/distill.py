@@ -15,8 +15,7 @@ such an identity as its target, under stop_gradient (sg), and returns one value 
 Without a teacher, v is replaced by the velocity alpha' x0 + sigma' eps of the drawn pair, whose mean given x_t is v.
 The target is linear in it, so `squared_error` leaves the minimum where it was. What weighs an example by its own error
 (`pseudo_huber`, `adaptive`, the normalized tangent of `continuous_consistency_loss`) does so only where x0 given x_t is
-symmetric, as for Gaussian data; elsewhere it moves the minimum, as those papers accept.
-Times are f32[b], one per example, with s < t.
+symmetric, as for Gaussian data; elsewhere it moves the minimum, which those papers accept. Times are f32[b].
 """
 
 from __future__ import annotations
@@ -44,12 +43,7 @@ Metric = Callable[[Array], Array]
 
 
 def average_velocity_map(velocity: AverageVelocity) -> FlowMap:
-    """The flow map of an average velocity, eq. (2): x_s = x + (s - t) u(x, t, s).
-
-    >>> step = average_velocity_map(lambda x, t, s, cond: 2 * x)
-    >>> step(jnp.ones((1, 2)), jnp.ones(1), jnp.full(1, 0.75), None).tolist()
-    [[0.5, 0.5]]
-    """
+    """The flow map of an average velocity, eq. (2): x_s = x + (s - t) u(x, t, s)."""
     return lambda x, t, s, cond=None: x + bcast(s - t, x) * velocity(x, t, s, cond)
 
 
@@ -59,18 +53,18 @@ def average_velocity_denoiser(velocity: AverageVelocity, schedule: Schedule) -> 
 
 
 def solver_map(sampler: Sampler, denoiser: Denoiser, steps: int = 1) -> FlowMap:
-    """The flow map of a teacher: `steps` equal steps of a deterministic sampler from t to s, of each example's own."""
+    """The flow map of a teacher: `steps` equal steps of a deterministic sampler from each example's t to its s."""
 
     def one(x: Array, t: Array, s: Array, cond: Cond) -> Array:
         x, cond = jax.tree.map(lambda a: a[None], (x, cond))
         times = t + (s - t) * jnp.linspace(0, 1, steps + 1, dtype=t.dtype)
-        key = jax.random.key(0)  # not used by a deterministic sampler
+        unused = jax.random.key(0)
 
         def denoise(x: Array, t: Array) -> Prediction:
             return denoiser(x, jnp.reshape(t, (1,)), cond)
 
         def body(carry: tuple, ends: tuple[Array, Array]) -> tuple[tuple, None]:
-            return sampler.step(key, carry[0], carry[1], ends[0], ends[1], denoise), None
+            return sampler.step(unused, carry[0], carry[1], ends[0], ends[1], denoise), None
 
         return jax.lax.scan(body, (x, sampler.init(x)), (times[:-1], times[1:]))[0][0][0]
 
@@ -84,9 +78,8 @@ def consistency_precondition(
 
     f = c_skip x + c_out F(c_in x, log(sigma) / 4), in EDM's variables sigma = sigma_t / alpha_t and x / alpha_t:
     c_skip = sd^2 / ((sigma - sigma_min)^2 + sd^2), c_out = sd (sigma - sigma_min) / sqrt(sigma^2 + sd^2) and
-    c_in = 1 / sqrt(sigma^2 + sd^2) (Song et al. 2023, arXiv:2303.01469, eq. 5 and appendix C). `sigma_min` may be 0,
-    and F is then fed the smallest float's logarithm there. It stands here and not with the other preconditionings
-    because it is right for a consistency function only: a denoiser of sigma_min is not the identity.
+    c_in = 1 / sqrt(sigma^2 + sd^2) (Song et al. 2023, arXiv:2303.01469, eq. 5 and appendix C). `sigma_min` may be 0.
+    It is not among the other preconditionings since a denoiser, unlike f, is not the identity at sigma_min.
     """
 
     def denoiser(x: Array, t: Array, cond: Cond = None) -> Prediction:
@@ -103,15 +96,11 @@ def consistency_precondition(
 
 def squared_error(error: Array) -> Array:
     """The mean of the squares over all axes but the first."""
-    return mean_per_example(_at_least_float32(error) ** 2)
+    return _sum_of_squares(error) / error[0].size
 
 
 def pseudo_huber(c: float | None = None) -> Metric:
-    """sqrt(|e|^2 + c^2) - c, with c = 0.00054 sqrt(d) (Song & Dhariwal 2023, arXiv:2310.14189, table 1).
-
-    >>> round(float(pseudo_huber(4.0)(jnp.full((1, 9), 1.0))[0]), 6)
-    1.0
-    """
+    """sqrt(|e|^2 + c^2) - c, with c = 0.00054 sqrt(d) (Song & Dhariwal 2023, arXiv:2310.14189, table 1)."""
 
     def metric(error: Array) -> Array:
         size = 0.00054 * np.sqrt(error[0].size).item() if c is None else c
@@ -135,9 +124,6 @@ def doubling_levels(step: ArrayLike, steps: int, first: int = 10, last: int = 12
 
     N(k) = min(first 2^floor(k / K'), last) + 1 with K' = floor(K / (log2(floor(last / first)) + 1)) and K = `steps`
     (Song & Dhariwal 2023, table 1). `step` may be traced.
-
-    >>> [int(doubling_levels(k, 800)) for k in (0, 99, 100, 799, 10_000)]
-    [11, 11, 21, 1281, 1281]
     """
     period = int(steps / (np.log2(last // first) + 1))
     if period < 1:
@@ -161,20 +147,14 @@ def draw_levels(
         sigma = jnp.exp(mean + std * jax.random.truncated_normal(key, low, high, (b,)))
         last = jnp.asarray(n, sigma.dtype) - 1
         i = jnp.clip(jnp.floor((sigma ** (1 / rho) - bottom) / (top - bottom) * last), 0, last - 1)
-
-        def level(i: Array) -> Array:
-            return (bottom + i / last * (top - bottom)) ** rho
-
-        return level(i + 1), level(i)
+        t, s = ((bottom + j / last * (top - bottom)) ** rho for j in (i + 1, i))
+        return t, s
 
     return draw
 
 
 def draw_two_times(draw: Draw, apart: float = 0.25) -> Callable[[Key, int], tuple[Array, Array]]:
-    """Times of average velocities, (key, b) -> (t, s): two draws in order, but s = t for all but a share `apart`.
-
-    (Geng et al. 2025, arXiv:2505.13447, section 4.3, whose ImageNet models have 25 % of s < t.)
-    """
+    """Two draws in order, (key, b) -> (t, s), but s = t for all but a share `apart` (Geng et al. 2025, section 4.3)."""
 
     def draw_both(key: Key, b: int) -> tuple[Array, Array]:
         one, two, three = jax.random.split(key, 3)
@@ -210,8 +190,7 @@ def progressive_distillation_loss(
     (a_t, s_t), (a_s, s_s) = schedule(t), schedule(s)
     scale = s_t * a_s - s_s * a_t
     exact = from_x0(schedule, x_t, t, bcast(s_t / scale, x_t) * x_s - bcast(s_s / scale, x_t) * x_t)
-    error = y(schedule, student(x_t, t, cond), t) - stop_gradient(y(schedule, exact, t))
-    return squared_error(error)
+    return squared_error(y(schedule, student(x_t, t, cond), t) - stop_gradient(y(schedule, exact, t)))
 
 
 def consistency_distillation_loss(
@@ -224,13 +203,13 @@ def consistency_distillation_loss(
     eps: Array,
     cond: Cond = None,
     *,
-    average: Denoiser | None = None,
+    ema: Denoiser | None = None,
     metric: Metric = squared_error,
 ) -> Array:
     """f(x_t, t) against sg f(x_s, s), with x_s where the teacher's flow carries x_t (Song et al. 2023, algorithm 2).
 
-    teacher: one step of a solver, for example `solver_map(heun(schedule), denoiser)`, whose error becomes the student's.
-    average: the student with averaged parameters, None for the student itself. Where sigma_s = 0, f is x_s / alpha_s.
+    teacher: a step of a solver, for example `solver_map(heun(schedule), denoiser)`, whose error becomes the student's.
+    ema: the student with averaged parameters, None for the student itself. Where sigma_s = 0, f is x_s / alpha_s.
     """
     _check("consistency_distillation_loss", x0, t, s)
     x_t = q_sample(schedule, x0, t, eps)
@@ -238,7 +217,7 @@ def consistency_distillation_loss(
     f = _same("student", student(x_t, t, cond).x0, x_t)
     alpha, sigma = schedule(s)
     clean = bcast(1 / alpha, x_s) * x_s
-    target = jnp.where(bcast(sigma, x_s) > 0, (average or student)(x_s, s, cond).x0, clean)
+    target = jnp.where(bcast(sigma, x_s) > 0, (ema or student)(x_s, s, cond).x0, clean)
     return metric(f - stop_gradient(target))
 
 
@@ -251,7 +230,7 @@ def consistency_training_loss(
     eps: Array,
     cond: Cond = None,
     *,
-    average: Denoiser | None = None,
+    ema: Denoiser | None = None,
     metric: Metric = squared_error,
 ) -> Array:
     """f(x_t, t) against sg f(x_s, s), both of the same x0 and eps (Song et al. 2023, arXiv:2303.01469, algorithm 3).
@@ -263,9 +242,7 @@ def consistency_training_loss(
     """
     _check("consistency_training_loss", x0, t, s)
     x_s = q_sample(schedule, x0, s, eps)
-    return consistency_distillation_loss(
-        student, lambda *_: x_s, schedule, x0, t, s, eps, cond, average=average, metric=metric
-    )
+    return consistency_distillation_loss(student, lambda *_: x_s, schedule, x0, t, s, eps, cond, ema=ema, metric=metric)
 
 
 def easy_mapping(t: Array, stage: ArrayLike, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Array:
@@ -298,13 +275,13 @@ def continuous_consistency_loss(
     r"""The continuous-time consistency loss sCM (Lu & Song 2024, arXiv:2410.11081, eq. 8 and algorithm 1).
 
     exp(w) / d |F - sg(F) - sg(g / (|g| + c))|^2 - w, with c = `normalize` (None: g itself), w = `log_weight` f32[b]
-    (the learned w(t), None: 0) and the tangent of f = cos(a) z - sin(a) sd F times cos(a), in the order that overflows last
+    (the learned w(t), None: 0), sd = `sigma_data`, and cos(a) times the tangent of f = cos(a) z - sin(a) sd F:
 
         g = -cos^2(a) (sd F - dz/da) - r (cos(a) sin(a) z + sd cos(a) sin(a) dF/da),   r = `warmup`, 0 -> 1
 
     The paper's angle a, z = cos(a) x0 + sin(a) sd eps and sd F = cos(a) sd eps - sin(a) x0 are those of any schedule
     through tan(a) = sigma / (alpha sd), so that the loss depends on it through the times drawn only. dz/da is the
-    teacher's sd F (sCD), or without a teacher that of the pair (sCT). sd, `sigma_data`, is the data's standard deviation.
+    teacher's sd F (sCD), or without a teacher that of the pair (sCT).
     """
     _check("continuous_consistency_loss", x0, t)
     x = q_sample(schedule, x0, t, eps)
@@ -322,8 +299,8 @@ def continuous_consistency_loss(
 
     (alpha, sigma), (d_alpha, d_sigma), (cos, sin) = schedule(t), rates(schedule, t), angle(t)
     dt = alpha * sigma / (alpha * d_sigma - sigma * d_alpha)  # cos(a) sin(a) dt/da
-    velocity = bcast(dt, x) * to_velocity(schedule, truth, t)
-    out, d_out = jax.jvp(lambda x, t: field(student(x, t, cond), t), (x, t), (velocity, dt))
+    dx = bcast(dt, x) * to_velocity(schedule, truth, t)
+    out, d_out = jax.jvp(lambda x, t: field(student(x, t, cond), t), (x, t), (dx, dt))
     r, z = bcast(jnp.full_like(t, warmup), x), cos * x0 + sin * sigma_data * eps
     g = stop_gradient(-(cos**2) * (out - field(truth, t)) - r * (cos * sin * z + d_out))
     if normalize is not None:
@@ -358,7 +335,7 @@ def mean_flow_loss(
         nulls = jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null, cond)
         w, k = (bcast(jnp.full_like(t, value), x) for value in (omega, kappa))
         v = stop_gradient(w * v + k * student(x, t, t, cond) + (1 - w - k) * student(x, t, t, nulls))
-    u, du = _total_derivative(student, x, t, s, v, cond)
+    u, du = _and_derivative(student, x, t, s, v, cond)
     return metric(u - stop_gradient(v - bcast(t - s, x) * du))
 
 
@@ -383,7 +360,7 @@ def improved_mean_flow_loss(
     _check("improved_mean_flow_loss", x0, t, s, equal=True)
     x = q_sample(schedule, x0, t, eps)
     v = student(x, t, t, cond) if velocity is None else velocity(x, t, cond)
-    u, du = _total_derivative(student, x, t, s, stop_gradient(v), cond)
+    u, du = _and_derivative(student, x, t, s, stop_gradient(v), cond)
     return metric(u + bcast(t - s, x) * stop_gradient(du) - to_velocity(schedule, Prediction(x0, eps), t))
 
 
@@ -396,18 +373,18 @@ def shortcut_loss(
     eps: Array,
     cond: Cond = None,
     *,
-    average: AverageVelocity | None = None,
+    ema: AverageVelocity | None = None,
     smallest: float = 1 / 128,
     metric: Metric = squared_error,
 ) -> Array:
     """Shortcut models (Frans et al. 2024, arXiv:2410.12557, algorithm 1): one step is to be two of half its length.
 
-    s < t: u(x, t, s) against sg of eq. (3), each half a step of `average` (the student with averaged parameters, None:
-    itself); halves no longer than `smallest` are Euler steps of u(x, t, t). s = t: u against the pair's velocity. The
-    paper's batches hold 1/4 of the former, with steps 2^-k. Euler steps leave an error of O(smallest).
+    s < t: u(x, t, s) against sg of eq. (3), each half a step of `ema` (the student with averaged parameters, None:
+    itself); halves no longer than `smallest` are Euler steps of u(x, t, t), and leave an error of that order.
+    s = t: u against the pair's velocity. The paper's batches hold 1/4 of the former, with steps 2^-k.
     """
     _check("shortcut_loss", x0, t, s, equal=True)
-    x, m, model = q_sample(schedule, x0, t, eps), (t + s) / 2, average or student
+    x, m, model = q_sample(schedule, x0, t, eps), (t + s) / 2, ema or student
     euler = t - m <= smallest
     first = model(x, t, jnp.where(euler, t, m), cond)
     x_m = x + bcast(m - t, x) * first
@@ -433,20 +410,18 @@ def optimal_transport_coupling(x0: Array, eps: Array) -> Array:
     """Permute the noises of a batch so that sum |x0_i - eps_i|^2 is least: x0, eps f32[b *d] -> f32[b *d].
 
     The exact minibatch coupling (Pooladian et al. 2023, arXiv:2304.14772; Tong et al. 2024, arXiv:2302.00482), by
-    SciPy's assignment on the host, O(b^3). Both marginals stay what they were; pairs of a batch are
-    no longer independent of each other. ValueError when the shapes differ.
+    SciPy's assignment on the host, O(b^3). Both marginals stay what they were. ValueError when the shapes differ.
     """
     if x0.shape != eps.shape:
         raise ValueError(f"optimal_transport_coupling: x0 has shape {x0.shape} and eps {eps.shape}")
-    b = x0.shape[0]
 
     def assign(x0: np.ndarray, eps: np.ndarray) -> np.ndarray:
         from scipy.optimize import linear_sum_assignment
 
-        x0, eps = (np.reshape(np.asarray(a, np.float64), (b, -1)) for a in (x0, eps))
+        x0, eps = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x0, eps))
         return linear_sum_assignment(-x0 @ eps.T)[1].astype(np.int32)  # |x0|^2 + |eps|^2 is the same for all pairings
 
-    shape = jax.ShapeDtypeStruct((b,), jnp.int32)
+    shape = jax.ShapeDtypeStruct(x0.shape[:1], jnp.int32)
     return eps[jax.pure_callback(assign, shape, stop_gradient(x0), stop_gradient(eps), vmap_method="sequential")]
 
 
@@ -472,17 +447,15 @@ def distribution_matching_loss(
     _check("distribution_matching_loss", x, t)
     x_t = q_sample(schedule, stop_gradient(x), t, eps)
     to, away = (_same(name, f(x_t, t, cond).x0, x) for name, f in (("real", real), ("fake", fake)))
-    w = 1 / mean_per_example(_at_least_float32(jnp.abs(x - to))) if weight is None else weight(schedule(t))
+    w = 1 / mean_per_example(jnp.abs(x - to)) if weight is None else weight(schedule(t))
     gradient = stop_gradient(bcast(w, x) * (away - to))
     return squared_error(x - stop_gradient(x - gradient)) / 2
 
 
-def _total_derivative(
-    velocity: AverageVelocity, x: Array, t: Array, s: Array, v: Array, cond: Cond
-) -> tuple[Array, Array]:
+def _and_derivative(u: AverageVelocity, x: Array, t: Array, s: Array, v: Array, cond: Cond) -> tuple[Array, Array]:
     """u and v du/dx + du/dt."""
-    u, du = jax.jvp(lambda x, t: velocity(x, t, s, cond), (x, t), (v, jnp.ones_like(t)))
-    return _same("student", u, x), du
+    value, derivative = jax.jvp(lambda x, t: u(x, t, s, cond), (x, t), (v, jnp.ones_like(t)))
+    return _same("student", value, x), derivative
 
 
 def _ddim(schedule: Schedule, x0: Array, x: Array, t: Array, s: Array) -> Array:
@@ -490,12 +463,9 @@ def _ddim(schedule: Schedule, x0: Array, x: Array, t: Array, s: Array) -> Array:
     return bcast(alpha, x) * x0 + bcast(sigma, x) * from_x0(schedule, x, t, x0).eps
 
 
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(np.promote_types(x.dtype, jnp.float32))
-
-
 def _sum_of_squares(x: Array) -> Array:
-    return jnp.sum(jnp.reshape(_at_least_float32(x), (x.shape[0], -1)) ** 2, axis=1)
+    x = x.astype(np.promote_types(x.dtype, jnp.float32))
+    return jnp.sum(jnp.reshape(x, (x.shape[0], -1)) ** 2, axis=1)
 
 
 def _same(name: str, y: Array, x: Array) -> Array:
@@ -505,10 +475,9 @@ def _same(name: str, y: Array, x: Array) -> Array:
 
 
 def _check(name: str, x: Array, t: Array, s: Array | None = None, *, equal: bool = False) -> None:
-    if t.shape != x.shape[:1] or (s is not None and s.shape != t.shape):
-        times = f"t has shape {t.shape}" + ("" if s is None else f" and s {s.shape}")
-        raise ValueError(f"{name}: times are one per example, {times} for x of shape {x.shape}")
-    if s is not None and is_concrete(t) and is_concrete(s):
-        late = np.asarray(s) > np.asarray(t) if equal else np.asarray(s) >= np.asarray(t)
-        if np.any(late):
-            raise ValueError(f"{name}: a step goes from t to s {'<=' if equal else '<'} t, got t = {t} and s = {s}")
+    shapes = [time.shape for time in (t, s) if time is not None]
+    if any(shape != x.shape[:1] for shape in shapes):
+        raise ValueError(f"{name}: t and s are one per example, got {shapes} for x of shape {x.shape}")
+    late = np.greater if equal else np.greater_equal
+    if s is not None and is_concrete(t) and is_concrete(s) and np.any(late(np.asarray(s), np.asarray(t))):
+        raise ValueError(f"{name}: a step goes from t to s {'<=' if equal else '<'} t, got t = {t} and s = {s}")

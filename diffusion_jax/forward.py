@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from diffusion_jax.ops import bcast, is_batched, normal_like
+from diffusion_jax.ops import bcast, check_like, check_time, is_batched, normal_like
 from diffusion_jax.schedules import logsnr
 from diffusion_jax.typing import Array, Key, Schedule
 
@@ -22,14 +22,14 @@ from diffusion_jax.typing import Array, Key, Schedule
 def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
     """Noise data to time t, eq. (1): x_t = alpha_t x0 + sigma_t eps.
 
-    x0, eps: f32[b *d]; t: f32[b] or f32[]. ValueError when x0 and eps differ in shape.
+    x0, eps: f32[b *d]; t: f32[b] or f32[]. ValueError when the shapes do not match.
 
     >>> from diffusion_jax.schedules import rectified
     >>> q_sample(rectified(), jnp.ones((1, 2)), jnp.full((1,), 0.25), jnp.zeros((1, 2))).tolist()
     [[0.75, 0.75]]
     """
-    if x0.shape != eps.shape:
-        raise ValueError(f"q_sample: x0 has shape {x0.shape} and eps {eps.shape}")
+    check_like("q_sample: eps", eps, x0)
+    check_time("q_sample: t", t, x0)
     alpha, sigma = schedule(t)
     return bcast(alpha, x0) * x0 + bcast(sigma, x0) * eps
 
@@ -46,7 +46,9 @@ def transition(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
 
 
 def q_posterior(schedule: Schedule, x_t: Array, x0: Array, t: Array, s: Array) -> tuple[Array, Array]:
-    """Mean f32[b *d] and variance f32[*b] of q(x_s | x_t, x0), eq. (3), for s < t."""
+    """Mean f32[b *d] and variance f32[*b] of q(x_s | x_t, x0), eq. (3), for s < t. ValueError for other shapes."""
+    check_like("q_posterior: x0", x0, x_t)
+    check_time("q_posterior: t", t, x_t)
     alpha_ts, var_ts = transition(schedule, t, s)
     at, as_ = schedule(t), schedule(s)
     keep = alpha_ts * as_.sigma**2 / at.sigma**2

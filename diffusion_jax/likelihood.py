@@ -143,10 +143,9 @@ def frames(pairs: int) -> NoiseRule:
     """
 
     def rule(key: Key, x0: Array) -> tuple[Array, Array]:
-        like, d = _at_least_float32(x0), math.prod(x0.shape[1:])
+        d, q = math.prod(x0.shape[1:]), _rotations(key, x0, 2 * pairs)
         root = math.sqrt(2 * d + 4)
-        q = jnp.linalg.qr(_draws(key, jnp.zeros((len(x0), d, d), like.dtype), 2 * pairs))[0]
-        radius = jnp.asarray([math.sqrt(d + 2 - root), math.sqrt(d + 2 + root)] * pairs, like.dtype)
+        radius = jnp.asarray([math.sqrt(d + 2 - root), math.sqrt(d + 2 + root)] * pairs, q.dtype)
         weight = jnp.asarray([0.5 + 1 / root, 0.5 - 1 / root] * pairs) / (2 * d * pairs)
         eps = jnp.reshape(jnp.swapaxes(bcast(radius, q) * q, 1, 2), (-1, *x0.shape)).astype(x0.dtype)
         return jnp.concatenate([eps, -eps]), jnp.tile(jnp.repeat(weight, d), 2)
@@ -463,6 +462,21 @@ def _mean(f: Callable[[Array], Array], nodes: tuple[Array, Array], chunk: int) -
 
 def _draws(key: Key, x: Array, n: int) -> Array:
     return jax.vmap(lambda i: normal_like(fold(key, i), x))(jnp.arange(n))
+
+
+def _rotations(key: Key, x0: Array, n: int) -> Array:
+    """Uniform up to signs, f32[n b d d], by reflections (Stewart 1980): a batched QR can hang in concurrent CPU loops."""
+    d = math.prod(x0.shape[1:])
+    g = _draws(key, jnp.zeros((len(x0), d, d), _at_least_float32(x0).dtype), n)
+
+    def reflect(k: Array, q: Array) -> Array:
+        v = jnp.where(jnp.reshape(jnp.arange(d) < k, (1, 1, d)), 0, g[:, :, k])
+        norm = jnp.linalg.norm(v, axis=-1)
+        v = v.at[:, :, k].add(jnp.where(v[:, :, k] < 0, -norm, norm))
+        v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
+        return q - 2 * jnp.einsum("nbij,nbj,nbk->nbik", q, v, v)
+
+    return jax.lax.fori_loop(0, d, reflect, jnp.broadcast_to(jnp.eye(d, dtype=g.dtype), g.shape))
 
 
 def _uniform_like(key: Key, x: Array) -> Array:

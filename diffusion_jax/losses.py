@@ -5,11 +5,17 @@ r"""One denoising loss, its weights, and the variational bound that trains a lea
 where y is one of the hub's quantities. L_simple (Ho et al. 2020, arXiv:2006.11239, eq. 14) is y = eps, w = 1; flow
 matching (Lipman et al. 2023, arXiv:2210.02747, eq. 9) is y = velocity, w = 1; EDM (Karras et al. 2022,
 arXiv:2206.00364, eq. 8) is y = x0 with `edm_weight`. Since alpha (x0_hat - x0) = -sigma (eps_hat - eps), every choice
-is a weight on the same error, and y only says in which form it is computed.
+is a weight on the same error, and y only says in which form it is computed. A weight is stated for one y: to use it
+whatever the network predicts, name that y as `target`.
 
 The variational bound at time t (Ho et al. 2020, eq. 5), in bits per dimension:
 
     L_t = KL(q(x_s | x_t, x0) || N(mean_hat, variance_hat))  for s > 0,  -log p(x0 | x_t) for s = 0     (2)
+
+In continuous time, in nats, it is the case w = 1 of the weighted bound (Kingma et al. 2021, arXiv:2107.00630, eq. 17;
+Kingma & Gao 2023, arXiv:2303.00848), which depends on the schedule through the ends of its log SNR lambda alone:
+
+    L = 1/2 E_t[-lambda'(t) w(lambda) |eps_hat - eps|^2],  t uniform in [0, 1]               (3)
 """
 
 from __future__ import annotations
@@ -21,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.forward import q_posterior, q_sample, variance_bounds
-from diffusion_jax.ops import bcast, mean_per_example
+from diffusion_jax.ops import bcast, check_like, check_time, is_concrete, mean_per_example
 from diffusion_jax.predictions import TO, Predicts, lookup
+from diffusion_jax.schedules import inverse_logsnr, logsnr
 from diffusion_jax.typing import AlphaSigma, Array, Cond, Denoiser, Prediction, Schedule
 
 Weight = Callable[[AlphaSigma], Array]
@@ -53,6 +60,45 @@ def edm_weight(sigma_data: float = 0.5) -> Weight:
     return weight
 
 
+def p2_weight(gamma: float = 1.0, k: float = 1.0) -> Weight:
+    """1 / (k + SNR)^gamma, for y = eps (Choi et al. 2022, arXiv:2204.00227, eq. 8): less of imperceptible detail."""
+    return lambda at: (k + snr_weight(at)) ** -gamma
+
+
+def sigmoid_weight(bias: float = 0.0) -> Weight:
+    """sigmoid(bias - log SNR), for y = eps (Kingma & Gao 2023; SiD2, Hoogeboom et al. 2024, arXiv:2410.19324).
+
+    Both papers mean the w of eq. (3): `elbo_weight(schedule, sigmoid_weight(bias))`.
+    """
+    return lambda at: jax.nn.sigmoid(bias - 2 * (jnp.log(at.alpha) - jnp.log(at.sigma)))
+
+
+def elbo_weight(schedule: Schedule, weight: Weight = unit_weight, low: float = 0.0, high: float = 1.0) -> Weight:
+    """-lambda'(t) / 2 times a weight, for y = eps: eq. (3) per dimension; with weight 1 the variational bound, in nats.
+
+    For t drawn uniformly from [low, high], over which t is found back from (alpha, sigma), and a loss times
+    high - low. Infinite where the log SNR's rate is.
+    """
+
+    def weighted(at: AlphaSigma) -> Array:
+        t = inverse_logsnr(schedule, 2 * (jnp.log(at.alpha) - jnp.log(at.sigma)), low, high)
+        rate = jax.jvp(lambda t: logsnr(schedule, t), (t,), (jnp.ones_like(t),))[1]
+        return -rate / 2 * weight(at)
+
+    return weighted
+
+
+def uncertainty_loss(loss: Array, u: Array) -> Array:
+    """loss / exp(u) + u, with a learned u(t): f32[b] (EDM2, Karras et al. 2024, arXiv:2312.02696, eq. 14-15).
+
+    It is least where exp(u) is the expected loss at that noise level, and then every level's gradient weighs the same.
+
+    >>> float(uncertainty_loss(jnp.float32(2.0), jnp.float32(0.0)))
+    2.0
+    """
+    return loss * jnp.exp(-u) + u
+
+
 def denoising_loss(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -64,9 +110,14 @@ def denoising_loss(
     target: Predicts = "eps",
     weight: Weight = unit_weight,
 ) -> Array:
-    """The loss of each example, eq. (1): f32[b]. x0, eps: f32[b *d]; t: f32[b]. Its mean is L_simple by default."""
+    """The loss of each example, eq. (1): f32[b]. x0, eps: f32[b *d]; t: f32[b]. Its mean is L_simple by default.
+
+    ValueError for an unknown target, and for x0, t and eps (or what the denoiser returns) of shapes that do not match.
+    """
     y = lookup(TO, target)
+    check_time("denoising_loss: t", t, x0)
     prediction = denoiser(q_sample(schedule, x0, t, eps), t, cond)
+    check_like("denoising_loss: the denoiser's x0", prediction.x0, x0)
     error = y(schedule, prediction, t) - y(schedule, Prediction(x0, eps), t)
     return weight(schedule(t)) * mean_per_example(error**2)
 
@@ -122,8 +173,13 @@ def variational_term(
 def discretized_log_likelihood(x0: Array, mean: Array, log_std: Array) -> Array:
     """Log probability in nats of 8-bit values x0 in [-1, 1] under N(mean, std^2) integrated over bins of width 2/255.
 
-    The first and last bins reach to infinity (Ho et al. 2020, eq. 13). All f32[b *d] -> f32[b *d].
+    The first and last bins reach to infinity (Ho et al. 2020, eq. 13). All f32[b *d] -> f32[b *d]. ValueError where x0
+    can be seen to be something else than value / 127.5 - 1.
     """
+    if is_concrete(x0):
+        level = (np.asarray(x0, np.float64) + 1) * 127.5
+        if np.any(np.abs(level - np.round(level)) > 0.01 + 128 * float(jnp.finfo(x0.dtype).eps)):
+            raise ValueError(f"discretized_log_likelihood: x0 of shape {x0.shape} has values that 8 bits do not")
     inverse = jnp.exp(-log_std)
     upper = jnp.where(x0 > 0.999, jnp.inf, (x0 - mean + 1 / 255) * inverse)
     lower = jnp.where(x0 < -0.999, -jnp.inf, (x0 - mean - 1 / 255) * inverse)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from diffusion_jax.typing import Array, Key
 
@@ -25,6 +26,19 @@ def bcast(c: Array, x: Array) -> Array:
     if c.ndim and c.shape != x.shape[: c.ndim] and c.shape != (1,) * c.ndim:
         raise ValueError(f"bcast: c of shape {c.shape} does not lead x of shape {x.shape}")
     return jnp.reshape(c, c.shape + (1,) * (x.ndim - c.ndim)).astype(x.dtype)
+
+
+def check_like(name: str, a: Array, x: Array) -> None:
+    """ValueError unless `a` has the shape of x; `name` says whose and which argument it is."""
+    if a.shape != x.shape:
+        raise ValueError(f"{name} has shape {a.shape}, and x {x.shape}")
+
+
+def check_time(name: str, t: ArrayLike, x: Array) -> None:
+    """ValueError unless the times t are f32[] or f32[b], for x: f32[b *d]."""
+    shape = jnp.shape(t)
+    if shape not in ((), x.shape[:1]):
+        raise ValueError(f"{name} must be a scalar or [b] for x of shape {x.shape}, got shape {shape}")
 
 
 def is_concrete(a: Any) -> bool:

@@ -8,7 +8,7 @@ With x = alpha x0 + sigma eps, a network may be read as
 appendix D; Lipman et al. 2023, arXiv:2210.02747). Each `from_*` solves (1) together with the first equation for
 (x0, eps). All have the signature (schedule, x: f32[b *d], t: f32[b] or f32[], output: f32[b *d]) -> Prediction, and
 each `to_*` is (schedule, prediction, t) -> f32[b *d]. Where a division by alpha = 0 or sigma = 0 leaves the other
-half undetermined, it is 0.
+half undetermined, it is 0. ValueError for an output that has not the shape of x, or times that have not its batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from diffusion_jax.ops import bcast
+from diffusion_jax.ops import bcast, check_like, check_time
 from diffusion_jax.schedules import rates
 from diffusion_jax.typing import Array, Prediction, Schedule
 
@@ -32,23 +32,27 @@ def from_x0(schedule: Schedule, x: Array, t: Array, x0: Array) -> Prediction:
     >>> from_x0(rectified(), jnp.ones((1, 1)), jnp.full((1,), 0.5), jnp.zeros((1, 1))).eps.tolist()
     [[2.0]]
     """
+    _check("from_x0", x, t, x0)
     alpha, sigma = schedule(t)
     return Prediction(x0, _divide(x - bcast(alpha, x) * x0, bcast(sigma, x)))
 
 
 def from_eps(schedule: Schedule, x: Array, t: Array, eps: Array) -> Prediction:
     """x0 = (x - sigma eps) / alpha."""
+    _check("from_eps", x, t, eps)
     alpha, sigma = schedule(t)
     return Prediction(_divide(x - bcast(sigma, x) * eps, bcast(alpha, x)), eps)
 
 
 def from_score(schedule: Schedule, x: Array, t: Array, score: Array) -> Prediction:
     """eps = -sigma score."""
+    _check("from_score", x, t, score)
     return from_eps(schedule, x, t, -bcast(schedule(t).sigma, x) * score)
 
 
 def from_v(schedule: Schedule, x: Array, t: Array, v: Array) -> Prediction:
     """x0 = (alpha x - sigma v) / (alpha^2 + sigma^2), eps = (sigma x + alpha v) / (alpha^2 + sigma^2)."""
+    _check("from_v", x, t, v)
     alpha, sigma = schedule(t)
     norm = alpha**2 + sigma**2
     a, b = bcast(alpha / norm, x), bcast(sigma / norm, x)
@@ -57,11 +61,13 @@ def from_v(schedule: Schedule, x: Array, t: Array, v: Array) -> Prediction:
 
 def from_velocity(schedule: Schedule, x: Array, t: Array, velocity: Array) -> Prediction:
     """x0 = (sigma' x - sigma u) / w, eps = (alpha u - alpha' x) / w, w = alpha sigma' - sigma alpha' > 0."""
+    _check("from_velocity", x, t, velocity)
     (alpha, sigma), (d_alpha, d_sigma) = schedule(t), rates(schedule, t)
     w = alpha * d_sigma - sigma * d_alpha
     keep = jnp.where(jnp.isinf(d_sigma), 1 / alpha, d_sigma / w)  # variance preserving schedules at t = 0
+    turn = jnp.where(jnp.isinf(d_alpha), -1 / sigma, d_alpha / w)  # and those with alpha ~ sqrt(1 - t) at t = 1
     x0 = bcast(keep, x) * x - bcast(sigma / w, x) * velocity
-    return Prediction(x0, bcast(alpha / w, x) * velocity - bcast(d_alpha / w, x) * x)
+    return Prediction(x0, bcast(alpha / w, x) * velocity - bcast(turn, x) * x)
 
 
 def to_x0(schedule: Schedule, prediction: Prediction, t: Array) -> Array:
@@ -112,6 +118,11 @@ def lookup(table: dict, name: str) -> Callable:
     if name not in table:
         raise ValueError(f"unknown prediction type {name!r}: one of {', '.join(table)}")
     return table[name]
+
+
+def _check(name: str, x: Array, t: Array, output: Array) -> None:
+    check_like(f"{name}: the output", output, x)
+    check_time(f"{name}: t", t, x)
 
 
 def _divide(a: Array, b: Array) -> Array:

@@ -72,3 +72,19 @@ def over_times(schedule, times, n=4):
     x0, eps, w = jax.vmap(lambda row: pairs(schedule, row[0], n))(times)
     columns = [jnp.repeat(column, w.shape[1]) for column in times.T]
     return x0.reshape(-1, 1), eps.reshape(-1, 1), columns, w.reshape(-1) / len(times)
+
+
+def wavy(schedule, scale=1.0):
+    """A student that is neither linear nor exact, the same function of signal-to-noise ratio and x0 + ratio eps."""
+
+    def denoiser(x, t, cond=None):
+        alpha, sigma = schedule(t)
+        ratio = dj.bcast(sigma / alpha, x)
+        return dj.from_x0(schedule, x, t, scale * jnp.tanh(x / dj.bcast(alpha, x) + 0.3) / (1 + ratio) + 0.1 * ratio)
+
+    return denoiser
+
+
+def drawn(b=5, d=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(0, 0.5, (b, d))), jnp.asarray(rng.standard_normal((b, d)))

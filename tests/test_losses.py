@@ -249,7 +249,7 @@ def test_gradient_of_the_bound_reaches_only_the_variance():
     """hybrid = L_simple + weight L_vlb: eps gets the gradient of L_simple alone, the variance that of L_vlb alone."""
     x0, eps, _ = batch(np.float32)
     x0, t = (
-        jnp.round(jnp.clip(x0, -1, 1) * 127.5) / 127.5,
+        jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5) / 127.5 - 1,
         jnp.asarray(np.array([1, 2, 5, 9, 15, 20]) / TABLE, jnp.float32),
     )
 

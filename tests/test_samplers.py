@@ -12,6 +12,7 @@ from oracles import flow_errors, law_errors, measured_order, run_law
 import diffusion_jax as dj
 from conformance.table import PROBLEMS, SAMPLERS
 from diffusion_jax.evaluation import mixtures
+from diffusion_jax.samplers.driver import ravelled
 
 D = 16
 
@@ -186,13 +187,66 @@ def test_velocity_prediction_at_both_ends_of_the_straight_line():
         np.testing.assert_allclose(y, exact, atol=0.05)
 
 
+def test_a_pytree_of_images_and_vectors_is_sampled_as_one_vector():
+    """By the exact flow of each part, from a denoiser of trees, with one key per example and a condition."""
+    schedule, shapes = dj.cosine(), {"image": (2, 2, 1), "vector": (3,)}
+    laws = {k: mixtures.gaussian(np.full(shape, 0.5), np.full(shape, len(shape))) for k, shape in shapes.items()}
+
+    def trees(x, t, cond):
+        parts = {k: mixtures.denoiser(law, schedule)(x[k] + 0 * dj.bcast(cond, x[k]), t) for k, law in laws.items()}
+        return dj.Prediction({k: p.x0 for k, p in parts.items()}, {k: p.eps for k, p in parts.items()})
+
+    denoiser, ravel, unravel = ravelled(trees, {k: jnp.zeros(shape) for k, shape in shapes.items()})
+    x = {k: jax.random.normal(jax.random.key(0), (5, *shape)) for k, shape in shapes.items()}
+    for k, part in unravel(ravel(x)).items():
+        np.testing.assert_array_equal(part, x[k])
+
+    @jax.jit
+    def go(keys, x, times):
+        y = unravel(dj.sample(keys, dj.heun(schedule), denoiser, ravel(x), times, jnp.ones(5)))
+        return y, {k: mixtures.flow(law, schedule, x[k], times[0], times[-1]) for k, law in laws.items()}
+
+    y, exact = go(jax.random.split(jax.random.key(0), 5), x, jnp.linspace(1, 0, 65))
+    for k in shapes:
+        np.testing.assert_allclose(y[k], exact[k], atol=0.02)
+
+
 def test_bad_input():
-    schedule, x, key = dj.edm(), jnp.ones((2, 3)), jax.random.key(0)
+    schedule, x, key = dj.rectified(), jnp.ones((2, 3)), jax.random.key(0)
     denoiser = mixtures.denoiser(mixtures.gaussian(np.zeros(3), np.ones(3)), schedule)
-    for times in (jnp.ones(()), jnp.ones((1,)), jnp.ones((3, 2))):
-        with pytest.raises(ValueError, match="times must be"):
-            dj.sample(key, dj.ddim(schedule), denoiser, x, times)
+
+    def go(times=(1.0, 0.5), x=x, key=key):
+        return dj.sample(key, dj.ddpm(schedule), denoiser, x, jnp.asarray(times))
+
+    for times in (1.0, (1.0,), ((1.0,), (0.5,))):
+        with pytest.raises(ValueError, match="times must be f32"):
+            go(times)
+    for times in ((1.0, 0.5, 0.7), (1.0, 0.5, 0.5), (1.0, 0.5, float("nan")), (1.0, 0.5, -float("inf"))):
+        with pytest.raises(ValueError, match=r"strictly decreasing, got times\[1\] = 0.5, times\[2\] = "):
+            go(times)
+    for times in ((1.5, 0.5), (1.0, 0.5, -0.5)):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            go(times)
+    for bad in (jnp.ones(3), jnp.ones((2, 3), jnp.int32)):
+        with pytest.raises(ValueError, match="batch axis first"):
+            go(x=bad)
+    with pytest.raises(ValueError, match=r"3 keys for x of shape \(2, 3\)"):
+        go(key=jax.random.split(key, 3))
+    with pytest.raises(ValueError, match="expected a key"):
+        go(key=jnp.zeros(2, jnp.uint32))
     with pytest.raises(ValueError, match="at least one"):
         dj.chain()
-    with pytest.raises(ValueError, match="3 keys"):
-        dj.sample(jax.random.split(key, 3), dj.ddpm(schedule), denoiser, x, jnp.asarray([2.0, 1.0]))
+
+
+def test_checking_times_traces_no_network():
+    """The denoiser is traced once, by the scan, also where times are known; where they are not, they go unchecked."""
+    schedule, traces = dj.rectified(), []
+
+    def denoiser(x, t, cond):
+        traces.append(1)
+        return dj.from_velocity(schedule, x, t, x)
+
+    x, sampler = jnp.ones((2, 3)), dj.ddim(schedule)
+    dj.sample(jax.random.key(0), sampler, denoiser, x, dj.uniform(3))
+    assert len(traces) == 1
+    jax.jit(lambda times: dj.sample(jax.random.key(0), sampler, denoiser, x, times))(jnp.asarray([0.5, 0.7]))

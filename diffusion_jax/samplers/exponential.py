@@ -38,12 +38,13 @@ rho = sigma / alpha integrate without a kernel, since scale psi_0 = alpha_s (rho
 
     w_j = psi_0 int_0^1 l_j(theta) dtheta,   theta = (rho - rho_t) / (rho_s - rho_t)                            (9)
 
-Order: that of the number of nodes; at tau > 0 the weak order is at most 2 and the strong order 1, since the noise
-inside a step is not resolved. A node is left out, and the order falls by one, until there are enough steps (as
-published, the first step is of first order), where its log SNR is infinite, and where that did not rise, so that a step
-back to more noise starts anew. Where the log SNR at s is infinite, sigma_s = 0, a step is of first order. The first
-steps' errors are O(h^2), O(h^3), ..., which limits the order of a method without corrector to 2 and of one with to 3.
-From almost pure noise that does not show: there both predictions move as alpha_t, and the error is O(alpha_t^2 h^2).
+Order: the number of nodes, if there is no noise. With noise, the weak order is at most 2 and the strong order 1, since
+what happens inside a step is not resolved; a second node suffices, for the noise that v_j - v_t carries from the step
+before then has, to that order, the covariance that the noise of this step lacks. A node is left out, and the order
+falls by one, until there are enough steps (the first one is of first order, as published), where the log SNR of the
+node is infinite, and where it did not rise, so that a step back to more noise starts anew. A step to sigma_s = 0 is of
+first order. The error of the first steps, O(h^2) without and O(h^3) with a corrector, limits the order to 2 and to 3. A
+start from almost pure noise hides that: there v changes as alpha_t, or slower, and the error has a factor alpha_t^2.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def draw(noise: Noise, key: Key, x: Array, std: Array, t: Array, s: Array) -> Ar
 
 
 def moments(z: Array, n: int) -> Array:
-    """psi_0(z) ... psi_(n-1)(z) of eq. (5) for a scalar z: f[n], with no loss of digits at small z.
+    """psi_0(z) ... psi_(n-1)(z) of eq. (6) for a scalar z: f[n], with no loss of digits at small z.
 
     >>> [round(float(v), 4) for v in moments(jnp.float32(1e-3), 3) / 1e-3]
     [0.9995, 0.4998, 0.3332]
@@ -126,17 +127,16 @@ def moments(z: Array, n: int) -> Array:
 
 
 def slope_integral(psi: Array, z: Array, slope: Slope) -> Array:
-    """The value of psi_1 that eq. (6) takes."""
+    """One of the values of psi_1 in eq. (7)."""
     return {"exact": psi[1], "bh1": z / 2, "bh2": psi[0] / 2}[slope]
 
 
 def noise_level(tau: Tau) -> tuple[Callable[[Array], Array], bool]:
-    """tau as a function of t, and whether it can be other than 0. ValueError if it is negative."""
-    if callable(tau):
-        return tau, True
-    if is_concrete(tau) and not tau >= 0:
+    """tau as a function of t, and whether there is noise. ValueError for a negative number."""
+    if not callable(tau) and is_concrete(tau) and not tau >= 0:
         raise ValueError(f"tau must not be negative, got {tau}")
-    return lambda t: jnp.asarray(tau, t.dtype), not (is_concrete(tau) and tau == 0)
+    random = callable(tau) or not is_concrete(tau) or bool(tau > 0)
+    return lambda t: jnp.asarray(tau(t) if callable(tau) else tau, t.dtype), random
 
 
 def choice(name: str, value: str, allowed: Any) -> None:
@@ -154,7 +154,7 @@ Rule = Callable[[Array, Array, list[Array], list[Array]], list[Array]]
 
 
 class History(NamedTuple):
-    """Predictions of earlier steps, the latest first, their lambda (-inf where there is none yet), the latest's time."""
+    """v and lambda (-inf where there is none yet) of earlier steps, the latest first, and the time of the latest."""
 
     values: tuple[Array, ...]
     lam: Array
@@ -170,11 +170,11 @@ def multistep(
     rule: Rule | None = None,
     noise: Noise = white,
 ) -> Sampler:
-    """The driver of the family: eq. (1) on `order` nodes, then eq. (2) on `corrector` nodes if that is not 0.
+    """Any multistep method: eq. (5) on `order` nodes, and eq. (8) on `corrector` nodes if that is not 0.
 
-    predicts: which of the two is interpolated, x0 in eq. (3) or eps in (4) of `exponential`. tau: a number, or a
-    function of the time t at which a step starts. rule: None is exact. ValueError for orders outside 1..4, a corrector
-    on 1 or on more than 5 nodes, a negative tau, or another name.
+    predicts: v, which is "x0" in eq. (3) or "eps" in (4). tau: a number, or a function of the time t at which a step
+    starts. rule: how weights follow from nodes, None is the exact integral. One evaluation a step. ValueError unless
+    order is in 1..4, corrector 0 or in 2..5, and tau >= 0.
     """
     if not 1 <= order <= 4 or corrector not in (0, 2, 3, 4, 5):
         raise ValueError(f"order must be in 1..4 and corrector 0 or in 2..5, got {order}, {corrector}")
@@ -187,7 +187,7 @@ def multistep(
         return History((jnp.zeros_like(x),) * length, jnp.full((length,), -jnp.inf), jnp.zeros(()))
 
     def correction(value: Array, t: Array, lam: Array, past: Array, state: History) -> Array:
-        """What eq. (2) adds to x_t."""
+        """What eq. (8) adds to x_t."""
         before = state.t.astype(t.dtype)
         c = transfer(schedule, predicts, level(before), before, t)
         ok = c.finite & jnp.isfinite(past[0]) & (lam > past[0])
@@ -221,10 +221,10 @@ def exponential_ab(
     slope: Slope = "exact",
     noise: Noise = white,
 ) -> Sampler:
-    """Exponential Adams-Bashforth of orders 1 to 4 in lambda, eq. (1): Lagrange's polynomials integrated exactly.
+    """Exponential Adams-Bashforth of orders 1 to 4: eq. (5) with the exact integrals.
 
-    In data prediction it is SA-Solver's predictor (Xue et al. 2023, arXiv:2309.05019), in noise prediction and at
-    tau = 0 DEIS (`deis`).
+    In data prediction it is the predictor of SA-Solver (Xue et al. 2023, arXiv:2309.05019), in noise prediction `deis`;
+    with slope "bh2" and order 2 it is DPM-Solver++(2M) and DPM-Solver-2M, and at tau = 1 their SDE forms.
     """
     return multistep(schedule, order, 0, predicts, tau, exponential_rule(slope), noise)
 
@@ -232,23 +232,26 @@ def exponential_ab(
 def dpmpp_2m(schedule: Schedule, slope: Slope = "bh2") -> Sampler:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): one evaluation, second order.
 
-    x_s = alpha_s x0 + sigma_s eps + alpha_s (1 - e^-h) (h / 2 h_prev) (x0 - x0_prev); slope "exact" takes the integral
-    of the straight line instead, which is of the same order.
+    x_s = alpha_s x0 + sigma_s eps + alpha_s (1 - e^-h) (h / 2 h_prev) (x0 - x0_prev), with slope "exact" the integral
+    of the straight line.
     """
     return exponential_ab(schedule, 2, slope=slope)
 
 
 def dpmpp_3m(schedule: Schedule, slope: Slope = "bh2", curvature: float = 1.0) -> Sampler:
-    """DPM-Solver++(3M) (code of Lu et al. 2022, arXiv:2211.01095): one evaluation, third order.
+    """DPM-Solver++(3M), of the code that came with Lu et al. 2022, arXiv:2211.01095: one evaluation, third order.
 
-    `slope` is that of the second step. The authors' code takes half of the integral of the second difference,
-    `curvature=0.5` here, with which it is of second order only.
+    `slope` is for the second step. That code and others after it take half of psi_2, `curvature=0.5` here, and have
+    second order only: the second divided difference is half of the second derivative.
     """
     return multistep(schedule, 3, rule=exponential_rule(slope, curvature))
 
 
 def dpmpp_2m_sde(schedule: Schedule, tau: Tau = 1.0, slope: Slope = "bh2", noise: Noise = white) -> Sampler:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, section 3.4): weak order 2, strong order 1."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): `dpmpp_2m` with noise, weak order 2, strong order 1.
+
+    k-diffusion's eta is tau^2.
+    """
     return exponential_ab(schedule, 2, "x0", tau, slope, noise)
 
 
@@ -260,11 +263,10 @@ def dpmpp_3m_sde(
 
 
 def unipc(schedule: Schedule, order: int = 2, slope: Slope = "bh2", predicts: Quantity = "x0") -> Sampler:
-    """UniPC-p (Zhao et al. 2023, arXiv:2302.04867, algorithms 1-2 in the multistep form): p = 1..3, order p + 1.
+    """UniPC-p, multistep (Zhao et al. 2023, arXiv:2302.04867, algorithms 1-2): p = 1, 2, 3, of order p + 1.
 
-    The predictor is eq. (1) on p nodes and the corrector eq. (2) on p + 1; one evaluation a step, which both share.
-    Its B(h) cancels except with one difference, where a_1 = 1/2: slope "bh1" for B_1(h) = h, "bh2" for
-    B_2(h) = e^h - 1, "exact" for the solution of its equation (5) there too.
+    Predictor on p nodes and corrector on p + 1, one evaluation a step. B(h) cancels but with one difference, where
+    a_1 = 1/2: slope "bh1" is the paper's B_1(h) = h and "bh2" its B_2(h) = e^h - 1. Order 4 needs a start from noise.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"unipc: order must be in 1..3, got {order}")
@@ -280,18 +282,18 @@ def sa_solver(
     predicts: Quantity = "x0",
     noise: Noise = white,
 ) -> Sampler:
-    """SA-Solver (Xue et al. 2023, arXiv:2309.05019, algorithm 1), its predictor and corrector on so many nodes.
+    """SA-Solver (Xue et al. 2023, arXiv:2309.05019): predictor and corrector on so many nodes, with the same noise.
 
-    The corrector's nodes include s, so one of s steps in the paper has s + 1; 0 is none. Predictor and corrector share
-    the noise of a step.
+    s is one of the corrector's nodes; 0 is no corrector. Slope "bh1" is that of the authors' code. Weak order 2, whose
+    coefficient is small with slope "exact", so that it looks like 3 up to hundreds of steps.
     """
     return multistep(schedule, predictor, corrector, predicts, tau, exponential_rule(slope), noise)
 
 
 def deis(schedule: Schedule, order: int = 3, nodes: Literal["lambda", "rho"] = "lambda") -> Sampler:
-    """DEIS (Zhang & Chen 2022, arXiv:2204.13902), exponential Adams-Bashforth in noise prediction, of orders 1 to 4.
+    """DEIS (Zhang & Chen 2023, arXiv:2204.13902): Adams-Bashforth in noise prediction, of orders 1 to 4.
 
-    nodes: the variable in which eps is a polynomial, lambda, eq. (1), or rho = sigma / alpha, eq. (3), rhoAB.
+    nodes: eps is a polynomial in "lambda", eq. (5), or in "rho" = sigma / alpha, eq. (9), the paper's rhoAB.
     """
     if nodes not in ("lambda", "rho"):
         raise ValueError(f"deis: nodes must be 'lambda' or 'rho', got {nodes!r}")
@@ -299,10 +301,11 @@ def deis(schedule: Schedule, order: int = 3, nodes: Literal["lambda", "rho"] = "
 
 
 def ipndm(schedule: Schedule, order: int = 4) -> Sampler:
-    """iPNDM (Zhang & Chen 2022, arXiv:2204.13902; Liu et al. 2022, arXiv:2202.09778), eq. (4), of orders 1 to 4.
+    """iPNDM (Zhang & Chen 2023, arXiv:2204.13902, after Liu et al. 2022, arXiv:2202.09778), orders 1 to 4.
 
-    DDIM with (3 eps - eps_1) / 2, (23 eps - 16 eps_1 + 5 eps_2) / 12 or (55 eps - 59 eps_1 + 37 eps_2 - 9 eps_3) / 24
-    in place of eps. Of its order only on a grid that is uniform in sigma / alpha, of first order on any other.
+    x_s = (alpha_s / alpha_t) x_t + alpha_s (rho_s - rho_t) e, with e = (3 eps - eps_1) / 2,
+    (23 eps - 16 eps_1 + 5 eps_2) / 12 or (55 eps - 59 eps_1 + 37 eps_2 - 9 eps_3) / 24: eq. (9) as if the grid were
+    uniform in rho = sigma / alpha. If it is not, the order is 2 where neighbouring steps differ by O(h^2), else 1.
     """
     return multistep(schedule, order, predicts="eps", rule=adams_rule("constant"))
 
@@ -325,7 +328,7 @@ def interpolation_weights(psi: Array, nodes: list[Array], valid: list[Array]) ->
 
 
 def exponential_rule(slope: Slope, curvature: float = 1.0) -> Rule:
-    """Weights of eq. (1); with one difference only those of (6) of `exponential`; psi_2 is multiplied by `curvature`."""
+    """The weights of eq. (5), with one difference only those of (7); psi_2 is multiplied by `curvature`."""
     choice("slope", slope, Slope)
 
     def rule(h: Array, z: Array, distances: list[Array], valid: list[Array]) -> list[Array]:
@@ -343,7 +346,7 @@ def exponential_rule(slope: Slope, curvature: float = 1.0) -> Rule:
 
 
 def adams_rule(nodes: Literal["rho", "constant"]) -> Rule:
-    """Weights of eq. (3) or (4), for noise prediction: the integrals of theta^k without a kernel, times psi_0."""
+    """The weights of eq. (9), on the nodes themselves or as if they were equidistant."""
 
     def rule(h: Array, z: Array, distances: list[Array], valid: list[Array]) -> list[Array]:
         psi = -jnp.expm1(-z) / jnp.arange(1, len(distances) + 2, dtype=z.dtype)
@@ -355,7 +358,7 @@ def adams_rule(nodes: Literal["rho", "constant"]) -> Rule:
 
 
 def _usable(lam: Array, past: Array, ok: Array) -> tuple[list[Array], list[Array]]:
-    """Distances past - lam, and which of them are finite and fall, as all before them do; the others are placeholders."""
+    """past - lam, and which of them are finite and fall, as all before them do; the others are placeholders."""
     distances, valid, last = [], [], jnp.zeros_like(lam)
     for d in past - lam:
         ok = ok & jnp.isfinite(d) & (d < last)

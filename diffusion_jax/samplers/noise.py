@@ -55,12 +55,10 @@ def brownian(key: Key, schedule: Schedule, start: ArrayLike, end: ArrayLike, dep
             )
 
     def noise(step_key: Key, x: Array, t: Array, s: Array) -> Array:
-        lam_t, lam_s = logsnr(schedule, t) / 2, logsnr(schedule, s) / 2
-        like = jax.ShapeDtypeStruct(x.shape, lam_t.dtype)
-        y_t, y_s = (
-            _path(key, like, jnp.clip(lam, *ends(lam.dtype)), *ends(lam.dtype), depth) for lam in (lam_t, lam_s)
-        )
-        h = lam_s - lam_t
+        lam = logsnr(schedule, jnp.stack([t, s])) / 2
+        low, high = ends(lam.dtype)
+        like, h = jax.ShapeDtypeStruct(x.shape, lam.dtype), lam[1] - lam[0]
+        y_t, y_s = jax.vmap(lambda lam: _path(key, like, lam, low, high, depth))(jnp.clip(lam, low, high))
         return ((y_s - jnp.exp(-h) * y_t) / jnp.sqrt(-jnp.expm1(-2 * h))).astype(x.dtype)
 
     return noise

@@ -31,8 +31,10 @@ import pytest
 import torch
 
 import diffusion_jax as dj
+from diffusion_jax import times
 from diffusion_jax.evaluation import mixtures
 from diffusion_jax.evaluation.mixtures import Mixture
+from diffusion_jax.inverse import repaint
 from diffusion_jax.samplers.ancestral import ancestral, ddim, ddpm, euler_ancestral
 from diffusion_jax.samplers.exponential import (
     deis,
@@ -54,6 +56,7 @@ from diffusion_jax.samplers.flow import dpm_2, euler, heun
 from diffusion_jax.samplers.langevin import langevin
 from diffusion_jax.samplers.singlestep import dpm_solver_2, dpm_solver_3, dpmpp_2s, dpmpp_2s_sde, dpmpp_3s
 from diffusion_jax.samplers.stochastic import churn, reverse_diffusion
+from diffusion_jax.schedules import shifted
 from diffusion_jax.typing import AlphaSigma, Array, Cond, Noise, Prediction, Sampler, Schedule
 
 sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))  # only for its Brownian tree, replaced below
@@ -71,16 +74,13 @@ START = RNG.standard_normal(SHAPE)
 NORMALS = RNG.standard_normal((200, 2, *SHAPE)).astype(np.float32)  # [step, draw within it]
 
 
-BELL = Mixture(np.ones(1), LAW.means[:1], LAW.variances[:1])
-
-
-def posterior_means(law: Mixture, x: np.ndarray, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+def posterior_means(x: np.ndarray, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     """E[x0 | x] and E[eps | x], in NumPy."""
-    total, diff = alpha**2 * law.variances + sigma**2, x[:, None] - alpha * law.means
-    logp = np.log(law.weights) - 0.5 * np.sum(diff**2 / total + np.log(total), axis=(2, 3, 4))
+    total, diff = alpha**2 * LAW.variances + sigma**2, x[:, None] - alpha * LAW.means
+    logp = np.log(LAW.weights) - 0.5 * np.sum(diff**2 / total + np.log(total), axis=(2, 3, 4))
     share = np.exp(logp - logp.max(1, keepdims=True))
     share = (share / share.sum(1, keepdims=True))[:, :, None, None, None]
-    x0 = np.sum(share * (law.means + alpha * law.variances / total * diff), axis=1)
+    x0 = np.sum(share * (LAW.means + alpha * LAW.variances / total * diff), axis=1)
     return x0, np.sum(share * sigma / total * diff, axis=1)
 
 
@@ -114,7 +114,7 @@ class Case(NamedTuple):
     arguments: (scheduler, i) -> further arguments of their i-th step. change: of the scheduler after `set_timesteps`.
     table: their noise, [step, draw within it]; see `by_keys`. look: (x, sigma, noise) -> where their network is
     evaluated, if not at x. cut: how many steps are left out at the start and at the end. double: their side in float64,
-    where their coefficients lose digits in float32. law: of the data.
+    where their coefficients lose digits in float32.
     between: the least and the largest error, if a `reason` says why they differ.
     """
 
@@ -130,7 +130,6 @@ class Case(NamedTuple):
     steps: int = STEPS
     cut: tuple[int, int] = (0, 0)
     double: bool = False
-    law: Mixture = LAW
     between: tuple[float, float] = (0.0, 1e-5)
     reason: str = ""
 
@@ -172,7 +171,7 @@ def level(case: Case, scheduler: Any, time: float) -> tuple[float, float]:
 
 def output(case: Case, scheduler: Any, x: np.ndarray, alpha: float, sigma: float, t: Any) -> np.ndarray:
     """What their network would return."""
-    x0, eps = posterior_means(case.law, x, alpha, sigma)
+    x0, eps = posterior_means(x, alpha, sigma)
     v = (alpha * eps - sigma * x0) / np.sqrt(alpha**2 + sigma**2)
     if case.predicts == "learned":
         return np.concatenate([eps, np.tanh(x)], axis=1)
@@ -285,7 +284,7 @@ def by_keys(*path: int) -> np.ndarray:
 
 def run_ours(case: Case, x: np.ndarray, times: np.ndarray) -> np.ndarray:
     schedule = SCALINGS[case.scaling]
-    plain = mixtures.denoiser(case.law, schedule)
+    plain = mixtures.denoiser(LAW, schedule)
 
     def denoiser(x: Array, t: Array, cond: Cond = None) -> Prediction:
         p = plain(x, t)
@@ -366,7 +365,7 @@ MEAN_STEP = "their corrector's step depends on the batch's norms of score and no
 
 
 class ScoreSdeVe:
-    """ScoreSdeVeScheduler, a `step` for each evaluation: corrector, predictor, and at the end its mean, as its pipeline."""
+    """ScoreSdeVeScheduler as its pipeline uses it, one `step` for each evaluation; at the end the predictor's mean."""
 
     def __init__(self, corrected: bool) -> None:
         self.inner, self.each = diffusers.ScoreSdeVeScheduler(snr=0.05, sigma_max=20.0), 2 if corrected else 1
@@ -427,7 +426,7 @@ CASES |= {
         lambda s, noise: ddpm(s, "small", noise),
         "sample",
         arguments=lambda scheduler, i: {"prev_timestep": [*scheduler.timesteps, None][i + 1]},
-        cut=(0, 1),
+        cut=(0, 2),
     ),
     "UnCLIP to 0": Case(
         peer("UnCLIPScheduler", clip_sample=False, prediction_type="sample"),
@@ -652,10 +651,11 @@ for predictor, corrector in ((1, 2), (2, 2), (3, 3), (3, 4)):
                 corrector_order=corrector,
                 tau_func=lambda t, tau=tau: tau,
                 lower_order_final=False,
+                use_karras_sigmas=True,
             ),
             "vp",
             lambda s, noise, p=predictor, c=corrector, tau=tau: sa_solver(s, p, c, tau, "bh1", noise=noise),
-            steps=30,
+            cut=(0, 1),  # of length 0
             double=True,
         )
 for kind, samplers in (("dpmsolver", (ddim, dpm_solver_2, dpm_solver_3)), ("dpmsolver++", (ddim, dpmpp_2s, dpmpp_3s))):
@@ -683,12 +683,11 @@ for kind, samplers in (("dpmsolver", (ddim, dpm_solver_2, dpm_solver_3)), ("dpms
 
 def start(case: Case, scheduler: Any) -> np.ndarray:
     alpha, sigma = level(case, scheduler, visited(case, scheduler)[case.cut[0] * case.evaluations])
-    mean, variance = case.law.means[-1], case.law.variances[-1]
-    return np.float32(alpha * mean + np.sqrt(alpha**2 * variance + sigma**2) * START)
+    return np.float32(alpha * LAW.means[1] + np.sqrt(alpha**2 * LAW.variances[1] + sigma**2) * START)
 
 
-def both(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(start, our grid, their end, our end)."""
+def run_theirs(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(start, their grid in our time, their end)."""
     scheduler, draws = case.peer(), Draws(case.table())
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers.schedulers.") and hasattr(module, "randn_tensor"):
@@ -697,17 +696,17 @@ def both(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.nd
     monkeypatch.setattr(dpm_sde, "BrownianTreeNoiseSampler", lambda *args, **kwargs: halves(draws))
     scheduler.set_timesteps(case.steps)
     case.change(scheduler)
-    x, times = start(case, scheduler), grid(case, scheduler)
-    return x, times, theirs(case, scheduler, x, draws), run_ours(case, x, times)
+    x = start(case, scheduler)
+    return x, grid(case, scheduler), theirs(case, scheduler, x, draws)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
-    _, _, expected, got = both(case, monkeypatch)
+    x, grid, expected = run_theirs(case, monkeypatch)
     assert np.isfinite(expected).all()
-    error = np.abs(got - expected).max() / np.std(expected)
+    error = np.abs(run_ours(case, x, grid) - expected).max() / np.std(expected)
     print(f"{name}: {error:.1e} {case.reason}")
     assert case.between[0] <= error <= case.between[1], case.reason
 
@@ -715,47 +714,60 @@ def test_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- where theirs and ours differ -------------------------------------------------------------------------------------
 
 
-def geometric(scheduler: Any) -> None:
-    scheduler.sigmas = torch.from_numpy(np.geomspace(40.0, 0.05, len(scheduler.sigmas)).astype(np.float32))
+def geometric(high: float, low: float) -> Callable[[Any], None]:
+    def change(scheduler: Any) -> None:
+        scheduler.sigmas = torch.from_numpy(np.geomspace(high, low, len(scheduler.sigmas)).astype(np.float32))
+
+    return change
 
 
-def exact_end(x: np.ndarray, sigma: float, to: float, random: bool) -> np.ndarray:
-    """For BELL, in the scaling "vp": the end of the probability flow from sigma, or the reverse process's mean there."""
-    alpha, alpha_to = 1 / np.sqrt(1 + sigma**2), 1 / np.sqrt(1 + to**2)
-    total, total_to = (a**2 * BELL.variances[0] + (s * a) ** 2 for a, s in ((alpha, sigma), (alpha_to, to)))
-    joint = alpha * alpha_to * BELL.variances[0] + alpha / alpha_to * (to * alpha_to) ** 2
-    factor = joint / total if random else np.sqrt(total_to / total)
-    return alpha_to * BELL.means[0] + factor * (x - alpha * BELL.means[0])
+def fine_end(x: np.ndarray, start: float, end: float, tau: float) -> np.ndarray:
+    """d(x / sigma) = ((1 + tau^2) e^lambda x0 - tau^2 x / sigma) dlambda by Runge and Kutta, scaling "vp"."""
+
+    def slope(lam: float, y: np.ndarray) -> np.ndarray:
+        sigma = 1 / np.sqrt(1 + np.exp(2 * lam))
+        return (1 + tau**2) * np.exp(lam) * posterior_means(sigma * y, sigma * np.exp(lam), sigma)[0] - tau**2 * y
+
+    lams = np.linspace(-np.log(start), -np.log(end), 601)
+    y, h = x * np.sqrt(1 + start**2) / start, lams[1] - lams[0]
+    for lam in lams[:-1]:
+        a = slope(lam, y)
+        b = slope(lam + h / 2, y + h / 2 * a)
+        c = slope(lam + h / 2, y + h / 2 * b)
+        y = y + h / 6 * (a + 2 * b + 2 * c + slope(lam + h, y + h * c))
+    return y * end / np.sqrt(1 + end**2)
 
 
-WHO_IS_RIGHT = {  # orders at which theirs and ours converge to the exact answer
-    "DPMMultistep++ 3, ours whole": (2, 3, False),
-    "DPMMultistep++ SDE 3, ours whole": (1, 3, True),
-    "DPMSinglestep dpmsolver 3 midpoint": (3, 3, False),
-    "DPMSinglestep dpmsolver 3 heun": (3, 3, False),
-    "DPMSinglestep dpmsolver++ 3 midpoint": (3, 3, False),
-    "DPMSinglestep dpmsolver++ 3 heun": (3, 3, False),
+WHO_IS_RIGHT = {  # orders at which theirs and ours converge, and tau
+    "DPMMultistep++ 3, ours whole": (2, 3, 0.0),
+    "DPMMultistep++ SDE 3, ours whole": (1, 3, 1.0),
+    "DPMSinglestep dpmsolver 3 midpoint": (3, 3, 0.0),
+    "DPMSinglestep dpmsolver 3 heun": (3, 3, 0.0),
+    "DPMSinglestep dpmsolver++ 3 midpoint": (3, 3, 0.0),
+    "DPMSinglestep dpmsolver++ 3 heun": (3, 3, 0.0),
 }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", WHO_IS_RIGHT)
 def test_convergence_where_the_two_differ(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Gaussian data, without noise, where a random sampler gives its mean: their order and ours, in float64."""
-    *expected, random = WHO_IS_RIGHT[name]
-    case = CASES[name]._replace(law=BELL, table=lambda: np.zeros_like(NORMALS), double=True)
-    if random:
+    """Orders, in float64, against a fine solution; of a random sampler for its equation without the noise."""
+    *expected, tau = WHO_IS_RIGHT[name]
+    case = CASES[name]._replace(table=lambda: np.zeros_like(NORMALS), double=True)
+    if case.evaluations == 1:
+        case = case._replace(change=geometric(3.0, 0.3) if tau else geometric(40.0, 0.05))
+    if tau:
         case = case._replace(ours=constant(lambda s: dpmpp_3m_sde(s, noise=lambda key, x, t, s: jnp.zeros_like(x))))
     errors = []
-    for steps in (48, 96, 192):
-        case = case._replace(steps=steps, change=case.change if case.evaluations > 1 else geometric)
-        x, times, end, _ = both(case, monkeypatch)
+    for steps in (96, 192):
+        x, grid, end = run_theirs(case._replace(steps=steps), monkeypatch)
         with jax.enable_x64(True):
-            ours = run_ours(case, x.astype(np.float64), times.astype(np.float64))
-        errors.append([np.abs(y - exact_end(x, times[0], times[-1], random)).max() for y in (end, ours)])
-    orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
-    print(f"{name}: orders\n{orders}\nerrors\n{np.array(errors)}")
-    np.testing.assert_allclose(orders[-1], expected, atol=0.3)
+            ours = run_ours(case, x.astype(np.float64), grid.astype(np.float64))
+        exact = fine_end(x.astype(np.float64), float(grid[0]), float(grid[-1]), tau)
+        errors.append([np.abs(y - exact).max() for y in (end, ours)])
+    orders = np.log2(np.array(errors[0]) / np.array(errors[1]))
+    print(f"{name}: orders {orders}, errors {errors[1]}")
+    np.testing.assert_allclose(orders, expected, atol=0.2)
 
 
 # --- what has no `step` -----------------------------------------------------------------------------------------------
@@ -768,19 +780,162 @@ def test_parallel_ddim_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = SCALINGS["table"]
     x, eps = (START.astype(np.float32), NORMALS[0, 0])
     expected = scheduler.batch_step_no_noise(torch.from_numpy(eps), scheduler.timesteps, torch.from_numpy(x))
-    times = dj.leading(len(START))
+    at = dj.leading(len(START))
 
     def one(x: Array, eps: Array, t: Array, s: Array) -> Array:
         denoise = lambda x, t: dj.from_eps(schedule, x, t, eps[None])  # noqa: E731
         return ddim(schedule).step(jax.random.key(0), x[None], (), t, s, denoise)[0][0]
 
-    got = jax.jit(jax.vmap(one))(x, eps, times[:-1], times[1:])
+    got = jax.jit(jax.vmap(one))(x, eps, at[:-1], at[1:])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)  # x0 is up to 150 here
 
 
-def test_repaint() -> None:
-    """RePaintScheduler with jumps of 4 of 24 indices, 3 times; unlike ours it does not repeat the first jump."""
+def test_repaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RePaintScheduler with jumps of 4 of 24 indices, 3 times; unlike ours it does not repeat the first of them.
+
+    Their noise, in the order in which they draw it, is made of ours: for a step what the mask leaves of both draws; for
+    the jump back, which they make in 4 small steps, nothing but in the last.
+    """
     table, length, jumps = 24, 4, 3
     scheduler = diffusers.RePaintScheduler(
-        trained_betas=np.linspace(0.01, 0.4, table, dtype=np.float32), eta=1.0, clip_sample=False
+        table, trained_betas=np.linspace(0.01, 0.4, table, dtype=np.float32), eta=1.0, clip_sample=False
     )
+    scheduler.set_timesteps(table, jump_length=length, jump_n_sample=jumps)
+    schedule, mask, y = dj.from_betas(scheduler.betas.double().numpy()), np.zeros(SHAPE, bool), 0.3 * START[::-1]
+    mask[:, 0] = True
+    x, y = START.astype(np.float32), y.astype(np.float32)
+    coarse = np.float32(np.arange(table, -1, -length) / table)
+
+    def normal(key: Any) -> np.ndarray:
+        return np.asarray(jax.random.normal(key, SHAPE))
+
+    def small_step(key: Any) -> np.ndarray:
+        return np.where(mask, normal(jax.random.fold_in(key, 0)), normal(jax.random.fold_in(key, 1)))
+
+    draws = []
+    for block in range(table // length):
+        key = jax.random.fold_in(jax.random.key(min(block, 1)), max(block - 1, 0))
+        top = table - block * length  # indices above this block are done with
+        for jump in range(jumps if block else 1):
+            each = jax.random.fold_in(key, jump)
+            if jump:
+                beta = scheduler.betas.double().numpy()[top - length : top]
+                share = np.sqrt((1 - np.prod(1 - beta)) / beta[-1])
+                draws += [np.zeros(SHAPE)] * (length - 1) + [share * normal(jax.random.fold_in(each, length))]
+            draws += [small_step(jax.random.fold_in(each, i)) for i in range(length)]
+    feed = iter(draws)
+    module = sys.modules[type(scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: torch.from_numpy(np.float32(next(feed))))
+
+    x_t, before = torch.from_numpy(x), table
+    for t in scheduler.timesteps:  # as in RePaintPipeline
+        if t < before:
+            abar = float(scheduler.alphas_cumprod[t])
+            eps = posterior_means(x_t.double().numpy(), np.sqrt(abar), np.sqrt(1 - abar))[1]
+            out = torch.from_numpy(eps.astype(np.float32))
+            x_t = scheduler.step(out, t, x_t, torch.from_numpy(y), torch.from_numpy(np.float32(mask))).prev_sample
+        else:
+            x_t = scheduler.undo_step(x_t, before)
+        before = t
+    assert next(feed, None) is None
+
+    @jax.jit
+    def go(x: Array, coarse: Array) -> Array:
+        denoiser, inner = mixtures.denoiser(LAW, schedule), ddim(schedule, 1.0)
+        first, rest = (repaint(inner, schedule, jnp.asarray(y), jnp.asarray(mask), n, length) for n in (1, jumps))
+        x = dj.sample(jax.random.key(0), first, denoiser, x, coarse[:2])
+        return dj.sample(jax.random.key(1), rest, denoiser, x, coarse[1:])
+
+    error = np.abs(np.asarray(go(x, coarse)) - x_t.numpy()).max() / np.std(x_t.numpy())
+    print(f"RePaint: {error:.1e}")
+    assert error <= 1e-5
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def of_times(name: str, **options: Any) -> Callable[[], np.ndarray]:
+    """Their `timesteps`, which are indices, as our times."""
+
+    def read() -> np.ndarray:
+        scheduler = getattr(diffusers, name)(**options)
+        scheduler.set_timesteps(STEPS)
+        return (scheduler.timesteps.double().numpy() + 1) / 1000
+
+    return read
+
+
+def of_levels(name: str, n: int = STEPS, **options: Any) -> Callable[[], np.ndarray]:
+    """Their `sigmas`."""
+
+    def read() -> np.ndarray:
+        scheduler = getattr(diffusers, name)(**options)
+        scheduler.set_timesteps(n)
+        return scheduler.sigmas.numpy()
+
+    return read
+
+
+def shifted_flow() -> np.ndarray:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
+    return scheduler.sigmas.numpy()
+
+
+def ends() -> tuple[float, float]:
+    """The least and the largest level of their table, which is rounded to float32: the least by 8e-5 of itself."""
+    abar = diffusers.DDPMScheduler().alphas_cumprod.numpy()
+    return tuple((((1 - abar) / abar) ** 0.5)[[0, -1]].tolist())
+
+
+GRIDS: dict[str, tuple[Callable[[], np.ndarray], Callable[[], Array | np.ndarray]]] = {
+    "leading": (of_times("DDIMScheduler"), lambda: times.leading(STEPS)[:-1]),
+    "leading, offset 1": (of_times("DDIMScheduler", steps_offset=1), lambda: times.leading(STEPS, offset=1)[:-1]),
+    "trailing": (of_times("DDIMScheduler", timestep_spacing="trailing"), lambda: times.trailing(STEPS)[:-1]),
+    "linspace": (of_times("EulerDiscreteScheduler"), lambda: times.uniform(STEPS - 1, 1.0, 0.001)),
+    "karras, EDM": (of_levels("EDMEulerScheduler"), lambda: times.karras(STEPS)),
+    "exponential, EDM": (
+        of_levels("EDMEulerScheduler", sigma_schedule="exponential"),
+        lambda: times.exponential(STEPS),
+    ),
+    "karras": (
+        of_levels("EulerDiscreteScheduler", use_karras_sigmas=True, beta_start=1e-4, beta_end=0.02),
+        lambda: times.karras(STEPS, *ends()),
+    ),
+    "exponential": (
+        of_levels("EulerDiscreteScheduler", use_exponential_sigmas=True, beta_start=1e-4, beta_end=0.02),
+        lambda: times.exponential(STEPS, *ends()),
+    ),
+    "lu lambdas": (
+        of_levels("DPMSolverMultistepScheduler", use_lu_lambdas=True),
+        lambda: times.exponential(STEPS, *ends()),
+    ),
+    "log SNR": (
+        of_levels("EulerDiscreteScheduler", use_exponential_sigmas=True, beta_start=1e-4, beta_end=0.02),
+        lambda: levels_at(times.logsnr_uniform(STEPS, SCALINGS["table"], 1.0, 0.001)),
+    ),
+    "beta, in sigma": (
+        of_levels("EulerDiscreteScheduler", use_beta_sigmas=True, beta_start=1e-4, beta_end=0.02),
+        lambda: np.append(ends()[0] + (ends()[1] - ends()[0]) * times.beta_quantile(STEPS - 1), 0),
+    ),
+    "shifted flow": (shifted_flow, lambda: shifted(dj.rectified(), 3.0)(times.uniform(STEPS)).sigma),
+    "AYS sd15": (lambda: ays("StableDiffusionSigmas"), lambda: times.align_your_steps(11, "sd15")[:-2]),
+    "AYS sdxl": (lambda: ays("StableDiffusionXLSigmas"), lambda: times.align_your_steps(11, "sdxl")[:-2]),
+    "AYS svd": (lambda: ays("StableDiffusionVideoSigmas"), lambda: times.align_your_steps(11, "svd")[:-2]),
+}
+
+
+def levels_at(t: Array) -> Array:
+    alpha, sigma = SCALINGS["table"](t)
+    return sigma / alpha
+
+
+def ays(name: str) -> np.ndarray:
+    """Without the last, which is 0 there and the model's smallest level in the paper."""
+    return np.array(diffusers.schedulers.AysSchedules[name][:-1])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid(name: str) -> None:
+    expected, got = (read() for read in GRIDS[name])
+    np.testing.assert_allclose(got, expected, rtol=1e-4 if name == "log SNR" else 1e-5, atol=1e-7)
