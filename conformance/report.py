@@ -55,8 +55,8 @@ COLUMNS = f"""
   of the data's standard deviation; the error on the mixture for a deterministic sampler, on Gaussians for a random one,
   which compare only roughly.
 - **1-D, 64-D**: float32 examples against a mixture of two Gaussians, in 64 dimensions with rotated covariances:
-  {_SETS}, after the stated number of steps (about {STEPS} evaluations, a quarter where the order is two or more). Errors
-  of mean and covariance, relative to the law's own; p-values of Kolmogorov and Smirnov's test (in 64-D on eight
+  {_SETS}, after the stated number of steps (about {STEPS} evaluations, a quarter where the order is two or more).
+  Errors of mean and covariance, relative to the law's own; p-values of Kolmogorov and Smirnov's test (in 64-D on eight
   directions) and of the maximum mean discrepancy over 128 random Fourier features, whose null distribution is known.
   Mean and covariance are tested too. Each p is corrected for these four tests (Bonferroni) and has to exceed {LEVEL};
   if one does not, all is drawn anew with another key, once, and that counts. "exact" is what exact draws give.

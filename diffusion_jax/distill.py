@@ -14,7 +14,7 @@ such an identity as its target, under stop_gradient (sg), and returns one value 
 
 Without a teacher, v is replaced by the velocity alpha' x0 + sigma' eps of the drawn pair, whose mean given x_t is v.
 The target is linear in it, so `squared_error` leaves the minimum where it was. What weighs an example by its own error
-(`pseudo_huber`, `adaptive`, the normalized tangent of `continuous_consistency_loss`) does so only where x0 given x_t is
+(`pseudo_huber`, `adaptive_error`, the normalized tangent of `continuous_consistency_loss`) does so only where x0 given x_t is
 symmetric, as for Gaussian data; elsewhere it moves the minimum, which those papers accept. Times are f32[b].
 """
 
@@ -109,7 +109,7 @@ def pseudo_huber(c: float | None = None) -> Metric:
     return metric
 
 
-def adaptive(power: float = 1.0, c: float = 1e-3) -> Metric:
+def adaptive_error(power: float = 1.0, c: float = 1e-3) -> Metric:
     """|e|^2 / sg(|e|^2 + c)^power (Geng et al. 2025, arXiv:2505.13447, section 4.3); power 0 is the sum of squares."""
 
     def metric(error: Array) -> Array:
@@ -216,8 +216,7 @@ def consistency_distillation_loss(
     x_s = _same("teacher", teacher(x_t, t, s, cond), x_t)
     f = _same("student", student(x_t, t, cond).x0, x_t)
     alpha, sigma = schedule(s)
-    clean = bcast(1 / alpha, x_s) * x_s
-    target = jnp.where(bcast(sigma, x_s) > 0, (ema or student)(x_s, s, cond).x0, clean)
+    target = jnp.where(bcast(sigma, x_s) > 0, (ema or student)(x_s, s, cond).x0, bcast(1 / alpha, x_s) * x_s)
     return metric(f - stop_gradient(target))
 
 
@@ -327,7 +326,7 @@ def mean_flow_loss(
 
     v is the velocity of the pair. With `null`, the value of cond for "no condition", the student learns the flow guided
     with scale omega / (1 - kappa): v becomes omega v + kappa u(x, t, t, cond) + (1 - omega - kappa) u(x, t, t, null)
-    (appendix B.2). The paper's metric is `adaptive()`; its times are those of `draw_two_times`.
+    (appendix B.2). The paper's metric is `adaptive_error()`; its times are those of `draw_two_times`.
     """
     _check("mean_flow_loss", x0, t, s, equal=True)
     x, v = q_sample(schedule, x0, t, eps), to_velocity(schedule, Prediction(x0, eps), t)
@@ -402,8 +401,7 @@ def reflow_pairs(
     straight lines of these pairs: `denoising_loss(student, rectified(), x0, t, eps, target="velocity")`.
     """
     t, s = (jnp.full(eps.shape[:1], time, np.promote_types(eps.dtype, jnp.float32)) for time in (start, end))
-    x0 = teacher(bcast(schedule(t).sigma, eps) * eps, t, s, cond)
-    return stop_gradient(_same("teacher", x0, eps)), eps
+    return stop_gradient(_same("teacher", teacher(bcast(schedule(t).sigma, eps) * eps, t, s, cond), eps)), eps
 
 
 def optimal_transport_coupling(x0: Array, eps: Array) -> Array:
@@ -448,8 +446,7 @@ def distribution_matching_loss(
     x_t = q_sample(schedule, stop_gradient(x), t, eps)
     to, away = (_same(name, f(x_t, t, cond).x0, x) for name, f in (("real", real), ("fake", fake)))
     w = 1 / mean_per_example(jnp.abs(x - to)) if weight is None else weight(schedule(t))
-    gradient = stop_gradient(bcast(w, x) * (away - to))
-    return squared_error(x - stop_gradient(x - gradient)) / 2
+    return squared_error(x - stop_gradient(x - bcast(w, x) * (away - to))) / 2
 
 
 def _and_derivative(u: AverageVelocity, x: Array, t: Array, s: Array, v: Array, cond: Cond) -> tuple[Array, Array]:

@@ -127,7 +127,7 @@ def cfg_pp(denoiser: Denoiser, null: Cond, scale: Scale) -> Denoiser:
     """
 
     def combine(x: Array, t: Array, w: Array, yes: Prediction, no: Prediction) -> Prediction:
-        return Prediction(_toward(no, yes, w).x0, no.eps, yes.variance_fraction)
+        return no._replace(x0=_toward(no, yes, w).x0)
 
     return _guided(denoiser, null, scale, combine, neutral=0)
 
@@ -325,13 +325,13 @@ def _fitted(x: Array, cond: Cond, *others: Cond) -> list[Cond]:
         try:
             return jnp.broadcast_to(jnp.asarray(value, c.dtype), c.shape)
         except ValueError:
-            raise ValueError(
-                f"guidance: null of shape {np.shape(value)} does not broadcast to cond {c.shape}"
-            ) from None
+            message = f"guidance: a null or negative of shape {np.shape(value)} does not broadcast to cond {c.shape}"
+            raise ValueError(message) from None
 
     def fit_all(other: Cond) -> Cond:
         if jax.tree.structure(other) != jax.tree.structure(cond):
-            raise ValueError(f"guidance: cond is {jax.tree.structure(cond)}, null {jax.tree.structure(other)}")
+            trees = jax.tree.structure(cond), jax.tree.structure(other)
+            raise ValueError(f"guidance: cond is {trees[0]}, a null or negative {trees[1]}")
         return jax.tree.map(fit, cond, other)
 
     return [cond, *map(fit_all, others)]

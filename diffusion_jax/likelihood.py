@@ -465,7 +465,7 @@ def _draws(key: Key, x: Array, n: int) -> Array:
 
 
 def _rotations(key: Key, x0: Array, n: int) -> Array:
-    """Uniform up to signs, f32[n b d d], by reflections (Stewart 1980): a batched QR can hang in concurrent CPU loops."""
+    """Uniform up to signs, f32[n b d d], by reflections (Stewart 1980): QR of jaxlib can hang in loops on the CPU."""
     d = math.prod(x0.shape[1:])
     g = _draws(key, jnp.zeros((len(x0), d, d), _at_least_float32(x0).dtype), n)
 

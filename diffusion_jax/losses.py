@@ -12,8 +12,8 @@ The variational bound at time t (Ho et al. 2020, eq. 5), in bits per dimension:
 
     L_t = KL(q(x_s | x_t, x0) || N(mean_hat, variance_hat))  for s > 0,  -log p(x0 | x_t) for s = 0     (2)
 
-In continuous time, in nats, it is the case w = 1 of the weighted bound (Kingma et al. 2021, arXiv:2107.00630, eq. 17;
-Kingma & Gao 2023, arXiv:2303.00848), which depends on the schedule through the ends of its log SNR lambda alone:
+In continuous time, in nats, it is w = 1 in the weighted bound (Kingma et al. 2021, arXiv:2107.00630, section 4; Kingma
+& Gao 2023, arXiv:2303.00848), which depends on the schedule through the ends of its log SNR lambda alone:
 
     L = 1/2 E_t[-lambda'(t) w(lambda) |eps_hat - eps|^2],  t uniform in [0, 1]               (3)
 """

@@ -64,10 +64,13 @@ def from_velocity(schedule: Schedule, x: Array, t: Array, velocity: Array) -> Pr
     _check("from_velocity", x, t, velocity)
     (alpha, sigma), (d_alpha, d_sigma) = schedule(t), rates(schedule, t)
     w = alpha * d_sigma - sigma * d_alpha
-    keep = jnp.where(jnp.isinf(d_sigma), 1 / alpha, d_sigma / w)  # variance preserving schedules at t = 0
-    turn = jnp.where(jnp.isinf(d_alpha), -1 / sigma, d_alpha / w)  # and those with alpha ~ sqrt(1 - t) at t = 1
-    x0 = bcast(keep, x) * x - bcast(sigma / w, x) * velocity
-    return Prediction(x0, bcast(alpha / w, x) * velocity - bcast(turn, x) * x)
+    singular, clean = ~jnp.isfinite(w), sigma < alpha  # a rate is infinite at some schedules' ends
+
+    def over_w(a: Array, end: Array | float) -> Array:
+        return bcast(jnp.where(singular, end, a / w), x)
+
+    x0 = over_w(d_sigma, jnp.where(clean, 1 / alpha, 0)) * x - over_w(sigma, 0) * velocity
+    return Prediction(x0, over_w(alpha, 0) * velocity - over_w(d_alpha, jnp.where(clean, 0, -1 / sigma)) * x)
 
 
 def to_x0(schedule: Schedule, prediction: Prediction, t: Array) -> Array:

@@ -9,7 +9,7 @@ from scipy import stats
 
 import diffusion_jax as dj
 from diffusion_jax.distill import (
-    adaptive,
+    adaptive_error,
     consistency_distillation_loss,
     consistency_training_loss,
     continuous_consistency_loss,
@@ -139,14 +139,16 @@ def test_the_continuous_loss_does_not_depend_on_the_schedule(x64):
     ratio = jnp.asarray([0.01, 0.1, 0.6, 2.0, 30.0])
     times = {"rectified": ratio / (1 + ratio), "cosine": 2 / np.pi * jnp.arctan(ratio), "edm": ratio}
 
-    def losses(name, sigma_data):
-        sch = SCHEDULES[name]
-        return continuous_consistency_loss(wavy(sch), sch, x0, times[name], eps, sigma_data=sigma_data, warmup=0.7)
+    def losses(name, sigma_data, log_weight=None):
+        sch, options = SCHEDULES[name], {"sigma_data": sigma_data, "warmup": 0.7, "log_weight": log_weight}
+        return continuous_consistency_loss(wavy(sch), sch, x0, times[name], eps, **options)
 
     for sigma_data in (0.5, 1.0):
         found = [jax.jit(losses, static_argnums=0)(name, sigma_data) for name in times]
         np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
         np.testing.assert_allclose(found[2], found[0], rtol=1e-9)
+    w = jnp.linspace(-1, 1, len(x0))
+    np.testing.assert_allclose(losses("edm", 1.0, w), jnp.exp(w) * found[0] - w, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["rectified", "edm"])
@@ -238,6 +240,11 @@ def test_targets_pass_no_gradient(x64):
         lambda p: improved_mean_flow_loss(model(p), sch, *data),
         lambda p: u(p, x, t, s),
         v - d * du(u(0.7, x, t, t)),
+    )
+    close(
+        lambda p: improved_mean_flow_loss(model(p), sch, *data, velocity=lambda x, t, cond: p * jnp.cos(x)),
+        lambda p: u(p, x, t, s),
+        v - d * du(0.7 * jnp.cos(x)),
     )
     m = (t + s) / 2
     first = u(0.7, x, t, m)
@@ -359,7 +366,7 @@ def test_weights_by_the_error_move_the_minimum_unless_the_data_is_symmetric(robu
                 size = 0.1 if robust == "normalized" else None
                 losses = continuous_consistency_loss(student, sch, x0, times, eps, sigma_data=1.0, normalize=size)
             else:
-                metric = {"squared": squared_error, "pseudo_huber": pseudo_huber(0.1), "adaptive": adaptive()}[robust]
+                metric = {"squared": squared_error, "pseudo_huber": pseudo_huber(0.1), "adaptive": adaptive_error()}[robust]
                 losses = mean_flow_loss(lambda y, *_: v + delta * y, sch, x0, times, times, eps, metric=metric)
             return jnp.sum(w * losses)
 

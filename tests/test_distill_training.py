@@ -124,7 +124,7 @@ def easy():
 
 def continuous(teacher):
     def loss(params, progress, x0, eps, t):
-        losses = continuous_consistency_loss(
+        return continuous_consistency_loss(
             trig_student(params),
             TRIG,
             x0,
@@ -135,7 +135,6 @@ def continuous(teacher):
             warmup=jnp.minimum(1, 4 * progress),
             log_weight=-jnp.log(TRIG(t).alpha),
         )
-        return losses
 
     return weighted(TRIG, np.polynomial.legendre.leggauss(16)[0][:, None] / 2 + 0.5, loss)
 

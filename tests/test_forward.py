@@ -155,8 +155,18 @@ def test_bad_input():
     x, key, schedule = jnp.ones((2, 3)), jax.random.key(0), dj.rectified()
     with pytest.raises(ValueError, match="shape"):
         dj.q_sample(schedule, x, jnp.ones(2), jnp.ones((3, 2)))
-    with pytest.raises(ValueError, match="does not lead"):
+    with pytest.raises(ValueError, match=r"q_sample: t must be a scalar or \[b\] .*\(2, 3\), got shape \(3,\)"):
         dj.q_sample(schedule, x, jnp.ones(3), x)
+    with pytest.raises(ValueError, match=r"q_sample: t .*\(2, 3\), got shape \(2, 1\)"):
+        dj.q_sample(schedule, x, jnp.ones((2, 1)), x)
+    with pytest.raises(ValueError, match=r"cosine: t must lie in \[0, 1\], got \[7\.0\]"):
+        dj.q_sample(dj.cosine(), x, jnp.asarray([0.5, 7.0]), x)
+    with pytest.raises(ValueError, match=r"q_posterior: x0 has shape \(1, 3\), and x \(2, 3\)"):
+        dj.q_posterior(schedule, x, x[:1], jnp.float32(0.5), jnp.float32(0.2))
+    with pytest.raises(ValueError, match=r"q_posterior: t .*\(2, 3\), got shape \(3,\)"):
+        dj.q_posterior(schedule, x, x, jnp.full(3, 0.5), jnp.full(3, 0.2))
+    with pytest.raises(ValueError, match="does not lead"):
+        dj.bcast(jnp.ones(3), x)
     with pytest.raises(ValueError, match="more axes"):
         dj.bcast(jnp.ones((2, 3, 1)), x)
     with pytest.raises(ValueError, match="3 keys"):

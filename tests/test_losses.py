@@ -10,7 +10,13 @@ from scipy import optimize, stats
 
 import diffusion_jax as dj
 from diffusion_jax.evaluation import mixtures
-from diffusion_jax.losses import discretized_log_likelihood
+from diffusion_jax.losses import (
+    discretized_log_likelihood,
+    elbo_weight,
+    p2_weight,
+    sigmoid_weight,
+    uncertainty_loss,
+)
 
 B, D = 6, 4
 
@@ -84,6 +90,113 @@ def test_equal_gradients_under_matched_weights(name):
             np.testing.assert_allclose(other[key], gradient[key], rtol=1e-8, atol=1e-12)
 
 
+WEIGHTS = {  # weight and the target it is stated for
+    "unit": (dj.unit_weight, "eps"),
+    "snr": (dj.snr_weight, "x0"),
+    "min_snr": (dj.min_snr_weight(5.0), "x0"),
+    "edm": (dj.edm_weight(0.5), "x0"),
+    "p2": (p2_weight(0.5), "eps"),
+    "sigmoid": (sigmoid_weight(-1.0), "eps"),
+    "elbo": (elbo_weight(dj.cosine()), "eps"),
+    "elbo_sigmoid": (elbo_weight(dj.cosine(), sigmoid_weight(-1.0)), "eps"),
+}
+OVER_EPS = {  # (error of a target / error of eps)^2
+    "eps": dj.unit_weight,
+    "x0": lambda at: (at.sigma / at.alpha) ** 2,
+    "v": lambda at: ((at.alpha**2 + at.sigma**2) / at.alpha) ** 2,
+    "score": lambda at: at.sigma**-2,
+}
+
+
+@functools.cache
+def weighted_gradients():
+    def mean(params, weight, stated, target):
+        def matched(at):
+            return weight(at) * OVER_EPS[stated](at) / OVER_EPS[target](at)
+
+        x0, eps, t = batch()
+        model = functools.partial(linear_model(dj.cosine(), "v"), params)
+        return jnp.mean(dj.denoising_loss(model, dj.cosine(), x0, t, eps, target=target, weight=matched))
+
+    with jax.enable_x64(True):
+        compute = jax.jit(
+            lambda p: {k: {y: jax.value_and_grad(mean)(p, *w, y) for y in OVER_EPS} for k, w in WEIGHTS.items()}
+        )
+        return jax.tree.map(np.asarray, compute(parameters()))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_weight_means_the_same_for_every_target(name):
+    found = weighted_gradients()[name]
+    value, gradient = found[WEIGHTS[name][1]]
+    assert value > 0 and not any(
+        np.isclose(value, weighted_gradients()[other]["eps"][0]) for other in {*WEIGHTS} - {name, "unit", "snr"}
+    )
+    for other, other_gradient in found.values():
+        assert other == pytest.approx(value, rel=1e-9)
+        for key in gradient:
+            np.testing.assert_allclose(other_gradient[key], gradient[key], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [dj.unit_weight, sigmoid_weight(1.0)], ids=["unit", "sigmoid"])
+def test_weighted_bound_does_not_depend_on_the_schedule(weight):
+    """Eq. (3) over the same range of log SNR l, by the trapezoidal rule: only its ends matter (VDM, section 5.1).
+
+    For N(0, v) and its exact denoiser E (eps_hat - eps)^2 = v e^l / (1 + v e^l), so that with w = 1 the integral is
+    log((1 + v e^high) / (1 + v e^low)) / 2.
+    """
+    v, low, high, found = 0.3, -6.0, 7.0, {}
+    with jax.enable_x64(True):
+        for name, schedule, end in (
+            ("rectified", dj.rectified(), 1.0),
+            ("cosine", dj.cosine(), 1.0),
+            ("vp_linear", dj.vp_linear(), 1.0),
+            ("edm", dj.edm(), 80.0),
+        ):
+
+            @jax.jit
+            def integral(schedule=schedule, end=end):
+                t0, t1 = dj.inverse_logsnr(schedule, jnp.asarray([high, low]), 0.0, end)
+                t = t0 * (t1 / t0) ** jnp.linspace(0.0, 1.0, 20_001)
+                alpha, sigma = at = schedule(t)
+                error = alpha**2 * v / (alpha**2 * v + sigma**2)
+                return jnp.trapezoid(elbo_weight(schedule, weight, 0.0, end)(at) * error, t)
+
+            found[name] = float(integral())
+    print(found)
+    assert max(found.values()) == pytest.approx(min(found.values()), rel=1e-6)
+    if weight is dj.unit_weight:
+        exact = 0.5 * np.log((1 + v * np.exp(high)) / (1 + v * np.exp(low)))
+        assert found["cosine"] == pytest.approx(exact, rel=1e-6)
+
+
+def test_elbo_weight_in_closed_form():
+    """-lambda' / 2 is 1 / (t (1 - t)) for the straight line and beta / (2 sigma^2) for `vp_linear`, in float32 too."""
+    t = np.linspace(0.05, 0.95, 7, dtype=np.float32)
+    for schedule, expected in (
+        (dj.rectified(), 1 / (t * (1 - t))),
+        (dj.vp_linear(), (0.1 + 19.9 * t) / (2 * (1 - np.exp(-0.1 * t - 19.9 * t**2 / 2)))),
+    ):
+        got = jax.jit(lambda t, schedule=schedule: elbo_weight(schedule)(schedule(t)))(t)
+        np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
+def test_learned_uncertainty_is_least_at_the_mean_loss_and_levels_gradients():
+    losses = np.random.default_rng(0).gamma(2.0, 3.0, 1000)
+    with jax.enable_x64(True):
+        total = jax.jit(jax.value_and_grad(lambda u: jnp.mean(uncertainty_loss(jnp.asarray(losses), u))))
+        found = optimize.minimize_scalar(
+            lambda u: float(total(u)[0]), bounds=(-3, 6), method="bounded", options={"xatol": 1e-8}
+        )
+        assert np.exp(found.x) == pytest.approx(losses.mean(), rel=1e-5)
+        assert float(total(np.log(losses.mean()))[1]) == pytest.approx(0, abs=1e-12)
+        assert float(total(1.0)[0]) == pytest.approx(losses.mean() / np.e + 1, rel=1e-12)
+        for scale in (1e-3, 1.0, 1e3):  # where u has found it, every level has the gradient of log(loss)
+            u = jnp.log(scale * jnp.asarray(0.7) ** 2)
+            gradient = jax.grad(lambda a, s=scale, u=u: uncertainty_loss(s * a**2, u))(jnp.asarray(0.7))
+            assert float(gradient) == pytest.approx(2 / 0.7, rel=1e-9)
+
+
 def test_loss_is_the_mean_squared_error_written_out():
     """With a constant prediction, by hand; and flow matching on the straight line regresses eps - x0."""
     with jax.enable_x64(True):
@@ -108,6 +221,11 @@ def test_weights():
     np.testing.assert_allclose(dj.unit_weight(at), np.ones(3))
     np.testing.assert_allclose(dj.snr_weight(at), snr, rtol=1e-5)
     np.testing.assert_allclose(dj.min_snr_weight(5.0)(at), [5.0, snr[1], snr[2]], rtol=1e-5)
+    np.testing.assert_allclose(p2_weight(0.5, 2.0)(at), (2 + snr) ** -0.5, rtol=1e-5)
+    np.testing.assert_allclose(sigmoid_weight(1.5)(at), 1 / (1 + np.exp(-1.5) * snr), rtol=1e-4)
+    ends = dj.AlphaSigma(jnp.asarray([1.0, 0.0]), jnp.asarray([0.0, 1.0]))
+    np.testing.assert_array_equal(sigmoid_weight(1.5)(ends), np.asarray([0, 1], np.float32))
+    np.testing.assert_array_equal(p2_weight()(ends), np.asarray([0, 1], np.float32))
     # Karras et al. 2022, table 1: lambda c_out^2 = 1, so the network's own loss has weight 1 at every level.
     for data in (0.5, 1.3):
         level = sigma / alpha
@@ -355,6 +473,12 @@ def test_bad_input():
     model = mixtures.denoiser(mixtures.gaussian(np.zeros(D), np.ones(D)), dj.cosine())
     with pytest.raises(ValueError, match="unknown prediction type 'noise'"):
         dj.denoising_loss(model, dj.cosine(), x0, t, eps, target="noise")
+    with pytest.raises(ValueError, match=r"denoising_loss: t must be a scalar or \[b\] .*\(6, 4\), got shape \(3,\)"):
+        dj.denoising_loss(model, dj.cosine(), x0, t[:3], eps)
+    with pytest.raises(ValueError, match=r"cosine: t must lie in \[0, 1\], got \[150"):
+        dj.denoising_loss(model, dj.cosine(), x0, 1000 * t, eps)
+    with pytest.raises(ValueError, match=r"the denoiser's x0 has shape \(6, 2\), and x \(6, 4\)"):
+        dj.denoising_loss(lambda x, t, c: dj.Prediction(x[:, :2], x[:, :2]), dj.cosine(), x0, t, eps)
     with pytest.raises(ValueError, match="no variance"):
         jax.eval_shape(lambda: dj.hybrid_loss(model, dj.cosine(), x0, t, eps))
     with pytest.raises(ValueError, match="shape"):

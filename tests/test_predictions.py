@@ -73,10 +73,10 @@ def test_ends_are_finite(name):
         return schedule(t), {k: f(schedule, x, t, 0.25 * x)[:2] for k, f in FROM.items()}
 
     for end in ("start", "end"):
-        (alpha, _), back = compute(jnp.full((2,), getattr(CASES[name], end), jnp.float32))
+        (alpha, sigma), back = compute(jnp.full((2,), getattr(CASES[name], end), jnp.float32))
         for kind, (x0, eps) in back.items():
             assert np.all(np.isfinite(x0)) and np.all(np.isfinite(eps)), kind
-            if end == "end" and kind != "x0" and name != "ve":
+            if float(sigma[0]) == 0 and kind != "x0":
                 np.testing.assert_allclose(x0, x, rtol=1e-6, err_msg=kind)
             if float(alpha[0]) == 0 and kind not in ("eps", "score"):
                 np.testing.assert_allclose(eps, x, rtol=1e-6, err_msg=kind)
@@ -122,5 +122,13 @@ def test_bad_input():
         lookup(FROM, "noise")
     with pytest.raises(ValueError, match="'flow'"):
         dj.parameterize(lambda x, t, c: x, schedule, "flow")
+    x, t = jnp.ones((2, 4)), jnp.full(2, 0.5)
+    for kind, convert in FROM.items():
+        with pytest.raises(ValueError, match=rf"from_{kind}: the output has shape \(2, 1\), and x \(2, 4\)"):
+            convert(schedule, x, t, x[:, :1])
+        with pytest.raises(ValueError, match=rf"from_{kind}: t must be a scalar or \[b\] .*\(2, 4\), got shape \(4,\)"):
+            convert(schedule, x, jnp.full(4, 0.5), x)
+        with pytest.raises(ValueError, match=r"rectified: t must lie in \[0, 1\], got \[500\.0"):
+            convert(schedule, x, 1000 * t, x)
     with pytest.raises(ValueError, match="returned"):
         dj.parameterize(lambda x, t, c: x[:, :1], schedule, "eps")(jnp.ones((2, 4)), jnp.ones(2), None)

@@ -5,6 +5,7 @@ A step moves x from t to s < t. It is given the denoiser, not its value, and cal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,12 +62,12 @@ def _check(key: Key, sampler: Sampler, x: Array, times: Array) -> None:
     if not is_concrete(times):
         return
     with jax.ensure_compile_time_eval():
-        values, first, last = np.asarray(times), times[0], times[-1]
-    bad = np.flatnonzero(~(np.isfinite(values[:-1]) & np.isfinite(values[1:]) & (values[1:] < values[:-1])))
-    if bad.size:
-        i = bad[0]
-        pair = f"times[{i}] = {values[i]}, times[{i + 1}] = {values[i + 1]}"
-        raise ValueError(f"sample: times must be finite and strictly decreasing, got {pair}")
+        first, last = jnp.asarray(times[0]), jnp.asarray(times[-1])
+    for i, (t, s) in enumerate(itertools.pairwise(np.asarray(times))):
+        if not (np.isfinite(t) and np.isfinite(s) and s < t):
+            raise ValueError(
+                f"sample: times must be finite and strictly decreasing, got times[{i}] = {t}, times[{i + 1}] = {s}"
+            )
 
     def step(key: Key, x: Array) -> Any:
         return sampler.step(key, x, sampler.init(x), first, last, lambda x, t: Prediction(x, x, x))
@@ -113,7 +114,7 @@ def ravelled(
     ravel, unravel = jax.vmap(lambda tree: ravel_pytree(tree)[0]), jax.vmap(back)
 
     def flat(x: Array, t: Array, cond: Cond = None) -> Prediction:
-        prediction = denoiser(unravel(x), t, cond)
-        return Prediction(*(None if part is None else ravel(part) for part in prediction))
+        x0, eps, fraction = denoiser(unravel(x), t, cond)
+        return Prediction(ravel(x0), ravel(eps), None if fraction is None else ravel(fraction))
 
     return flat, ravel, unravel

@@ -51,9 +51,9 @@ def undershoot(inner: Sampler, schedule: Schedule, gamma: float) -> Sampler:
     def step(key: Key, x: Array, state: Any, t: Array, s: Array, denoise: Denoise) -> tuple[Array, Any]:
         r = (1 - gamma) * s
         x, state = inner.step(fold(key, 0), x, state, t, r, denoise)
-        return jnp.where(r < s, renoise(fold(key, 1), schedule, x, r, s), x), state
+        return jnp.where(s > 0, renoise(fold(key, 1), schedule, x, r, s), x), state
 
-    return Sampler(inner.init, step)
+    return inner if gamma == 0 else Sampler(inner.init, step)
 
 
 def jump(flow_map: FlowMap, cond: Cond = None) -> Sampler:

@@ -81,7 +81,7 @@ def dpm_2(schedule: Schedule, eta: float = 0.0, noise: Noise = white) -> Sampler
 
         def correct() -> Array:
             m = inverse_logsnr(schedule, logsnr(schedule, t) / 2 + jnp.log(a_s / down), s, t)
-            (a_m, s_m) = schedule(m)
+            a_m, s_m = schedule(m)
             middle = denoise(bcast(a_m, x) * p.x0 + bcast(s_m, x) * p.eps, m)
             return y + bcast(down - a_s * s_t / a_t, x) * (middle.eps - p.eps)
 
@@ -105,31 +105,21 @@ def adaptive(schedule: Schedule, rtol: float, atol: float, solver: Any = None, m
     def step(key: Key, x: Array, state: tuple, t: Array, s: Array, denoise: Denoise) -> tuple[Array, tuple]:
         import diffrax
 
-        def level(t: Array) -> tuple[Array, Array, Array]:
-            alpha, sigma = schedule(t)
-            return alpha, sigma, jnp.hypot(alpha, sigma)
-
-        def velocity(a: Array, y: Array, _: None) -> Array:
+        def velocity(a: Any, y: Array, _: Any) -> Array:
             target = 2 * jnp.log(jnp.maximum(jnp.cos(a), 0)) - 2 * jnp.log(jnp.sin(a))
             m = inverse_logsnr(schedule, target, s, t)
-            alpha, sigma, r = level(m)
+            (alpha, sigma), r = schedule(m), jnp.hypot(*schedule(m))
             p = denoise((r * y).astype(x.dtype), m)
             return (bcast(alpha / r, x) * p.eps - bcast(sigma / r, x) * p.x0).astype(y.dtype)
 
         def worst(scaled: Array) -> Array:
             return jnp.sqrt(jnp.max(mean_per_example(scaled**2)))
 
-        (a_t, s_t, r_t), (a_s, s_s, r_s) = level(t), level(s)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(velocity),
-            diffrax.Dopri5() if solver is None else solver,
-            jnp.arctan2(s_t, a_t),
-            jnp.arctan2(s_s, a_s),
-            None,
-            x.astype(t.dtype) / r_t,
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=worst),
-            max_steps=max_steps,
-        )
-        return (r_s * solution.ys[0]).astype(x.dtype), state
+        a, b = (jnp.arctan2(c.sigma, c.alpha) for c in (schedule(t), schedule(s)))
+        y, term = x.astype(t.dtype) / jnp.hypot(*schedule(t)), diffrax.ODETerm(velocity)
+        method = diffrax.Dopri5() if solver is None else solver
+        control = diffrax.PIDController(rtol=rtol, atol=atol, norm=worst)
+        path: Any = diffrax.diffeqsolve(term, method, a, b, None, y, stepsize_controller=control, max_steps=max_steps)
+        return (jnp.hypot(*schedule(s)) * path.ys[0]).astype(x.dtype), state
 
     return memoryless(step)

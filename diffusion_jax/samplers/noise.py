@@ -42,29 +42,23 @@ def brownian(key: Key, schedule: Schedule, start: ArrayLike, end: ArrayLike, dep
     ValueError if lambda is infinite at one of them or does not rise from start to end. The idea is the virtual Brownian
     tree of Li et al. 2020, arXiv:2001.01328, section 4; the clock and (2) make it exact for the reverse process.
     """
-
-    def ends(dtype: jnp.dtype) -> Array:
-        return logsnr(schedule, jnp.asarray([start, end], dtype)) / 2
-
     if is_concrete(start) and is_concrete(end):
         with jax.ensure_compile_time_eval():
-            low, high = np.asarray(ends(jnp.dtype("float32")))
+            low, high = np.asarray(logsnr(schedule, jnp.asarray([start, end], jnp.float32)))
         if not (np.isfinite(low) and np.isfinite(high) and low < high):
-            raise ValueError(
-                f"brownian: the log SNR must be finite and rise from {start} to {end}, got {2 * low}, {2 * high}"
-            )
+            raise ValueError(f"brownian: the log SNR must be finite and rise from {start} to {end}, got {low}, {high}")
 
     def noise(step_key: Key, x: Array, t: Array, s: Array) -> Array:
         lam = logsnr(schedule, jnp.stack([t, s])) / 2
-        low, high = ends(lam.dtype)
-        like, h = jax.ShapeDtypeStruct(x.shape, lam.dtype), lam[1] - lam[0]
+        low, high = logsnr(schedule, jnp.asarray([start, end], t.dtype)) / 2
+        like, h = jnp.zeros(x.shape, lam.dtype), lam[1] - lam[0]
         y_t, y_s = jax.vmap(lambda lam: _path(key, like, lam, low, high, depth))(jnp.clip(lam, low, high))
         return ((y_s - jnp.exp(-h) * y_t) / jnp.sqrt(-jnp.expm1(-2 * h))).astype(x.dtype)
 
     return noise
 
 
-def _path(key: Key, like: jax.ShapeDtypeStruct, lam: Array, low: Array, high: Array, depth: int) -> Array:
+def _path(key: Key, like: Array, lam: Array, low: Array, high: Array, depth: int) -> Array:
     """Y at lam in [low, high], of the shape and dtype of `like`: depth halvings by (2), and (2) in the last cell."""
 
     def draw(i: Array | int) -> Array:
@@ -83,5 +77,6 @@ def _path(key: Key, like: jax.ShapeDtypeStruct, lam: Array, low: Array, high: Ar
 
     y_low = draw(0)
     y_high = jnp.exp(low - high) * y_low + jnp.sqrt(-jnp.expm1(2 * (low - high))) * draw(2 ** (depth + 1))
-    cell = jax.lax.fori_loop(0, depth, halve, (jnp.ones((), jnp.int32), low, high, y_low, y_high))
-    return between(lam, *cell[1:], draw(cell[0]))
+    whole = jnp.ones((), jnp.int32), low, high, y_low, y_high
+    i, a, b, y_a, y_b = jax.lax.fori_loop(0, depth, halve, whole)
+    return between(lam, a, b, y_a, y_b, draw(i))

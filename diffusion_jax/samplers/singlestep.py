@@ -1,8 +1,8 @@
 r"""Single-step exponential integrators: evaluations at times inside the step, and no memory.
 
-In the notation of `exponential`, a stage at lambda_t + r h, and the last one at s, is eq. (3) or (4) there from t, with
-the slope from t to the stage before it, eq. (6). Stages are found by inverting the log SNR; where it is infinite at t
-or at s, a step is of first order, with one evaluation.
+A stage at lambda_t + r h, and the last one at s, is eq. (3) or (4) of `exponential` from t, on the straight line from
+the prediction at t to that of the stage before it, eq. (7) there. The log SNR is inverted to find a stage; where it is
+infinite, at t or at s, a step is of first order, with one evaluation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diffusion_jax.samplers.exponential import (
 )
 from diffusion_jax.samplers.noise import white
 from diffusion_jax.schedules import inverse_logsnr, logsnr
-from diffusion_jax.typing import Array, Denoise, Key, Noise, Sampler, Schedule
+from diffusion_jax.typing import Array, Denoise, Key, Noise, Prediction, Sampler, Schedule
 
 
 def dpm_solver_2(schedule: Schedule, r: float = 0.5, slope: Slope = "bh2") -> Sampler:
@@ -43,8 +43,8 @@ def dpm_solver_2(schedule: Schedule, r: float = 0.5, slope: Slope = "bh2") -> Sa
 def dpm_solver_3(schedule: Schedule, r1: float = 1 / 3, r2: float = 2 / 3) -> Sampler:
     """DPM-Solver-3 (Lu et al. 2022, arXiv:2206.00927, algorithm 2): noise prediction, three evaluations, third order.
 
-    Its second stage and its last line take eq. (6) "exact", from the nodes 0, r1 and 0, r2. ValueError unless
-    0 < r1 < r2 < 1; of third order only for r2 = 2/3.
+    Straight lines through the nodes 0 and r1, then 0 and r2, integrated exactly: third order because r2 = 2/3, for any
+    r1. ValueError unless 0 < r1 < r2 < 1.
     """
     return _singlestep(schedule, "eps", (r1, r2), "exact")
 
@@ -59,20 +59,17 @@ def dpmpp_2s(schedule: Schedule, r: float = 0.5, slope: Slope = "bh2") -> Sample
 
 
 def dpmpp_3s(schedule: Schedule, r1: float = 1 / 3, r2: float = 2 / 3) -> Sampler:
-    """DPM-Solver-3 in data prediction, DPM-Solver++(3S): three evaluations, third order.
-
-    Algorithm 2 of arXiv:2206.00927 on eq. (3) in place of (4). ValueError unless 0 < r1 < r2 < 1.
-    """
+    """DPM-Solver++(3S), which is `dpm_solver_3` in data prediction: three evaluations, third order."""
     return _singlestep(schedule, "x0", (r1, r2), "exact")
 
 
 def dpmpp_2s_sde(
     schedule: Schedule, tau: Tau = 1.0, r: float = 0.5, slope: Slope = "bh2", noise: Noise = white
 ) -> Sampler:
-    """DPM-Solver++(2S) on eq. (3) with noise, "DPM++ SDE": two evaluations, weak order 2, strong order 1.
+    """DPM-Solver++(2S) with noise ("DPM++ SDE"): two evaluations, weak order 2, strong order 1.
 
-    The noise of the step is that of its two halves, (t, m) and (m, s), so x0_m sees the first half of what x_s gets:
-    with independent noise instead the weak order would be 1. ValueError unless 0 < r < 1 and tau >= 0.
+    The noise of a step is made of that from t to m and from m to s, so that x0_m sees the part of it that x_m has; with
+    independent draws for x_m and x_s the weak order is 1. ValueError unless 0 < r < 1 and tau >= 0.
     """
     return _singlestep(schedule, "x0", (r,), slope, tau, noise)
 
@@ -91,32 +88,31 @@ def _singlestep(
     choice("slope", slope, Slope)
     level, random = noise_level(tau)
 
+    def stages(key: Key, x: Array, p: Prediction, t: Array, s: Array, denoise: Denoise) -> Array:
+        lam, h = logsnr(schedule, t) / 2, transfer(schedule, predicts, level(t), t, s).h
+        y, m, shake, ends = x, t, jnp.zeros_like(x), (*fractions, 1.0)
+        for i, r in enumerate(ends):
+            change = getattr(denoise(y, m), predicts) - getattr(p, predicts) if i else x
+            after = s if r == 1 else inverse_logsnr(schedule, 2 * (lam + r * h), s, t)
+            c = transfer(schedule, predicts, level(t), t, after)
+            y = first_order(c, p)
+            if i:
+                w = slope_integral(moments(c.z, 2), c.z, slope) * (r / ends[i - 1])
+                y = y + bcast(c.scale * w, x) * change
+            if random:
+                c = transfer(schedule, predicts, level(t), m, after)
+                shake = bcast(c.carry, x) * shake + draw(noise, fold(key, i), x, c.std, m, after)
+                y = y + shake
+            m = after
+        return y
+
     def step(key: Key, x: Array, state: tuple, t: Array, s: Array, denoise: Denoise) -> tuple[Array, tuple]:
-        p, tau_t = denoise(x, t), level(t)
-        whole = transfer(schedule, predicts, tau_t, t, s)
+        p, c = denoise(x, t), transfer(schedule, predicts, level(t), t, s)
 
         def one() -> Array:
-            return first_order(whole, p) + (draw(noise, key, x, whole.std, t, s) if random else 0)
+            y = first_order(c, p)
+            return y + draw(noise, key, x, c.std, t, s) if random else y
 
-        def stages() -> Array:
-            y, m, r, shake, value = x, t, 0.0, jnp.zeros_like(x), getattr(p, predicts)
-            for i, fraction in enumerate((*fractions, 1.0)):
-                change = getattr(denoise(y, m), predicts) - value if i else 0
-                after = (
-                    inverse_logsnr(schedule, logsnr(schedule, t) + 2 * fraction * whole.h, s, t) if fraction < 1 else s
-                )
-                c = transfer(schedule, predicts, tau_t, t, after)
-                y = first_order(c, p)
-                if i:
-                    integral = slope_integral(moments(c.z, 2), c.z, slope)
-                    y = y + bcast(c.scale * integral * (fraction / r), x) * change
-                if random:
-                    c = transfer(schedule, predicts, tau_t, m, after)
-                    shake = bcast(c.carry, x) * shake + draw(noise, fold(key, i), x, c.std, m, after)
-                    y = y + shake
-                m, r = after, fraction
-            return y
-
-        return jax.lax.cond(whole.finite, stages, one), state
+        return jax.lax.cond(c.finite, lambda: stages(key, x, p, t, s, denoise), one), state
 
     return memoryless(step)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax.forward import renoise, transition
@@ -30,8 +31,7 @@ from diffusion_jax.typing import Array, Denoise, Key, Noise, Sampler, Schedule
 def euler_maruyama(schedule: Schedule, noise: Noise = white) -> Sampler:
     """Euler-Maruyama on the reverse process: eq. (2) with f dt and g^2 dt taken at t. One evaluation, weak order 1.
 
-    Not from a time without signal, where f is infinite. As in `reverse_diffusion` the noise is left out of a step to
-    sigma_s = 0, which is then the denoised mean (Song et al. 2021, arXiv:2011.13456, appendix G).
+    Not from a time without signal, where f is infinite. A step to sigma_s = 0 leaves the noise out.
     """
 
     def coefficients(t: Array, s: Array) -> tuple[Array, Array]:
@@ -44,9 +44,10 @@ def euler_maruyama(schedule: Schedule, noise: Noise = white) -> Sampler:
 def reverse_diffusion(schedule: Schedule, noise: Noise = white) -> Sampler:
     """Reverse diffusion, eq. (2) (Song et al. 2021, arXiv:2011.13456, eq. 46). One evaluation, weak order 1.
 
-    Variance exploding it is x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z, algorithm 2's predictor;
-    preserving, (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z, that of algorithm 3. The predictor-corrector is
+    The predictor of algorithm 2, x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z, and of algorithm 3,
+    (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z. Predictor and corrector are together
     `chain(langevin(schedule, snr), reverse_diffusion(schedule))`: the corrector acts at t, before the predictor.
+    A step to sigma_s = 0 leaves the noise out; variance exploding, it then comes to x0.
     """
 
     def coefficients(t: Array, s: Array) -> tuple[Array, Array]:
@@ -76,13 +77,13 @@ def restart(inner: Sampler, schedule: Schedule, times: Array, repeats: int) -> S
     """
     if times.ndim != 1 or times.shape[0] < 2 or repeats < 1:
         raise ValueError(f"restart: times must be f32[n + 1], n >= 1, repeats >= 1; got {times.shape}, {repeats}")
-    if is_concrete(times) and not bool(jnp.all(times[1:] < times[:-1])):
+    if is_concrete(times) and not np.all(np.diff(np.asarray(times)) < 0):
         raise ValueError(f"restart: times must fall from t_max to t_min, got {times}")
 
     def step(key: Key, x: Array, state: Any, t: Array, s: Array, denoise: Denoise) -> tuple[Array, Any]:
         x, state = inner.step(fold(key, 0), x, state, t, s, denoise)
-        t_min = times[-1].astype(t.dtype)
-        grid = times.astype(t.dtype).at[-1].set(s)
+        interval = jnp.asarray(times, t.dtype)
+        t_min, grid = interval[-1], interval.at[-1].set(s)
 
         def again(carry: tuple[Array, Any], k: Array) -> tuple[tuple[Array, Any], None]:
             x = renoise(fold(key, k), schedule, carry[0], s, grid[0])

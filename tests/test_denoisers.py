@@ -1,0 +1,75 @@
+"""A denoiser of one schedule under another: against the exact denoiser of either."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+
+import diffusion_jax as dj
+from diffusion_jax.denoisers import reschedule
+from diffusion_jax.evaluation import mixtures
+
+LAW = mixtures.Mixture(np.array([0.3, 0.7]), np.array([[-1.0, 0.2], [0.8, 0.1]]), np.array([[0.04, 0.3], [0.25, 0.1]]))
+NAMES = ("linear_betas", "cosine", "rectified", "edm", "sub_vp", "laplace")
+
+
+@pytest.mark.parametrize(("old", "new"), [*itertools.pairwise((*NAMES, NAMES[0])), ("edm", "cosine")])
+def test_rescheduled_denoiser_is_that_of_the_other_schedule(old, new):
+    """At noise levels that both reach, a mixture's denoiser is moved exactly."""
+    trained, schedule = CASES[old], CASES[new]
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 2)))
+
+        @jax.jit
+        def both(x):
+            value = jnp.linspace(4.0, -4.0, 5)
+            t = dj.inverse_logsnr(schedule.schedule, value, schedule.end, schedule.start)
+            moved = reschedule(
+                mixtures.denoiser(LAW, trained.schedule),
+                trained.schedule,
+                schedule.schedule,
+                trained.end,
+                trained.start,
+            )
+            x = dj.bcast(jnp.hypot(*schedule.schedule(t)), x) * x
+            return moved(x, t)[:2], mixtures.denoiser(LAW, schedule.schedule)(x, t)[:2]
+
+        got, exact = both(x)
+    np.testing.assert_allclose(got, exact, rtol=1e-7, atol=1e-8)
+
+
+def test_beyond_the_trained_noise_levels():
+    """A straight line begins without signal, a table of betas does not quite: x0 of its last time, and x = eps."""
+    schedule, trained = dj.rectified(), dj.from_betas(dj.linear_betas(1000))
+    denoiser = mixtures.denoiser(LAW, trained)
+    x, t = jnp.asarray([[0.3, -1.2], [1.0, 0.4]]), jnp.asarray([1.0, 0.0])
+    got = jax.jit(reschedule(denoiser, trained, schedule))(x, t)
+    np.testing.assert_allclose(got.eps[0], x[0], rtol=1e-6)
+    np.testing.assert_allclose(got.x0[0], denoiser(x, jnp.ones(2)).x0[0], rtol=1e-5)
+    np.testing.assert_allclose(got.x0[1], x[1], rtol=1e-5)  # clean data on both
+    assert np.all(np.isfinite(got.eps))
+
+
+def test_sampling_with_another_schedule_reaches_the_same_flow():
+    """A model of a beta table on the straight line, by Euler's method in the new time: the exact flow of a Gaussian."""
+    law, schedule, trained = mixtures.gaussian(np.array([0.5]), np.array([0.09])), dj.rectified(), dj.vp_linear()
+    x, times = jnp.asarray([[0.7], [-1.1]]), dj.uniform(200, 0.9, 0.05)
+    moved = reschedule(mixtures.denoiser(law, trained), trained, schedule)
+    got = jax.jit(lambda x: dj.sample(jax.random.key(0), dj.heun(schedule), moved, x, times))(x)
+    np.testing.assert_allclose(got, mixtures.flow(law, schedule, x, jnp.float32(0.9), jnp.float32(0.05)), atol=2e-4)
+
+
+def test_dtypes_and_what_is_dropped():
+    """bfloat16 x with a float32 schedule; a learned variance does not survive."""
+
+    def net(x, t, cond):
+        return jnp.concatenate([x, x], -1)
+
+    inner = dj.parameterize(net, dj.cosine(), "v", learned_variance=True)
+    x, t = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.float32)
+    out = jax.eval_shape(reschedule(inner, dj.cosine(), dj.rectified()), x, t)
+    assert out.x0.shape == out.eps.shape == x.shape and out.x0.dtype == out.eps.dtype == jnp.bfloat16
+    assert out.variance_fraction is None
