@@ -84,8 +84,8 @@ def reschedule(
         tau = inverse_logsnr(trained, value, low, high)
         c = jnp.hypot(*trained(tau)) / jnp.hypot(*schedule(t))
         p = denoiser(bcast(c, x) * x, tau, cond)
-        reached = jnp.abs(logsnr(trained, tau) - value) < 1e-2
-        return Prediction(p.x0, jnp.where(bcast(reached, x) > 0, p.eps, from_x0(schedule, x, t, p.x0).eps))
+        reached, beyond = jnp.abs(logsnr(trained, tau) - value) < 1e-2, from_x0(schedule, x, t, p.x0).eps
+        return Prediction(p.x0, jnp.where(bcast(reached, x).astype(bool), p.eps, beyond))
 
     return moved
 

@@ -14,8 +14,8 @@ such an identity as its target, under stop_gradient (sg), and returns one value 
 
 Without a teacher, v is replaced by the velocity alpha' x0 + sigma' eps of the drawn pair, whose mean given x_t is v.
 The target is linear in it, so `squared_error` leaves the minimum where it was. What weighs an example by its own error
-(`pseudo_huber`, `adaptive_error`, the normalized tangent of `continuous_consistency_loss`) does so only where x0 given x_t is
-symmetric, as for Gaussian data; elsewhere it moves the minimum, which those papers accept. Times are f32[b].
+(`pseudo_huber`, `adaptive_error`, the normalized tangent of `continuous_consistency_loss`) does so only where x0 given
+x_t is symmetric, as for Gaussian data; elsewhere it moves the minimum, which those papers accept. Times are f32[b].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax.denoisers import BoundNet
 from diffusion_jax.forward import q_sample
-from diffusion_jax.ops import bcast, is_concrete, mean_per_example
+from diffusion_jax.ops import bcast, dot, is_concrete, mean_per_example
 from diffusion_jax.predictions import TO, Predicts, from_velocity, from_x0, lookup, to_velocity
 from diffusion_jax.schedules import rates
 from diffusion_jax.times import Draw
@@ -96,7 +96,7 @@ def consistency_precondition(
 
 def squared_error(error: Array) -> Array:
     """The mean of the squares over all axes but the first."""
-    return _sum_of_squares(error) / error[0].size
+    return dot(error, error) / error[0].size
 
 
 def pseudo_huber(c: float | None = None) -> Metric:
@@ -104,7 +104,7 @@ def pseudo_huber(c: float | None = None) -> Metric:
 
     def metric(error: Array) -> Array:
         size = 0.00054 * np.sqrt(error[0].size).item() if c is None else c
-        return jnp.sqrt(_sum_of_squares(error) + size**2) - size
+        return jnp.sqrt(dot(error, error) + size**2) - size
 
     return metric
 
@@ -113,7 +113,7 @@ def adaptive_error(power: float = 1.0, c: float = 1e-3) -> Metric:
     """|e|^2 / sg(|e|^2 + c)^power (Geng et al. 2025, arXiv:2505.13447, section 4.3); power 0 is the sum of squares."""
 
     def metric(error: Array) -> Array:
-        square = _sum_of_squares(error)
+        square = dot(error, error)
         return square / stop_gradient(square + c) ** power
 
     return metric
@@ -303,7 +303,7 @@ def continuous_consistency_loss(
     r, z = bcast(jnp.full_like(t, warmup), x), cos * x0 + sin * sigma_data * eps
     g = stop_gradient(-(cos**2) * (out - field(truth, t)) - r * (cos * sin * z + d_out))
     if normalize is not None:
-        g = g / bcast(jnp.sqrt(_sum_of_squares(g)) + normalize, g)
+        g = g / bcast(jnp.sqrt(dot(g, g)) + normalize, g)
     loss = squared_error((out - stop_gradient(out)) / sigma_data - g)
     return loss if log_weight is None else jnp.exp(log_weight) * loss - log_weight
 
@@ -458,11 +458,6 @@ def _and_derivative(u: AverageVelocity, x: Array, t: Array, s: Array, v: Array, 
 def _ddim(schedule: Schedule, x0: Array, x: Array, t: Array, s: Array) -> Array:
     alpha, sigma = schedule(s)
     return bcast(alpha, x) * x0 + bcast(sigma, x) * from_x0(schedule, x, t, x0).eps
-
-
-def _sum_of_squares(x: Array) -> Array:
-    x = x.astype(np.promote_types(x.dtype, jnp.float32))
-    return jnp.sum(jnp.reshape(x, (x.shape[0], -1)) ** 2, axis=1)
 
 
 def _same(name: str, y: Array, x: Array) -> Array:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax.ops import bcast, is_concrete
+from diffusion_jax.ops import bcast, divide, dot, is_concrete, wide
 from diffusion_jax.predictions import FROM, TO, Predicts, from_x0, lookup
 from diffusion_jax.typing import Array, Cond, Denoise, Denoiser, Key, Prediction, Sampler, Schedule
 
@@ -112,7 +112,7 @@ def cfg_rescale(
 
     def combine(x: Array, t: Array, w: Array, yes: Prediction, no: Prediction) -> Prediction:
         y, wanted = to(schedule, _toward(no, yes, w), t), to(schedule, yes, t)
-        factor = 1 + jnp.asarray(phi, _wide(y)) * (_ratio(_std(wanted), _std(y), 1) - 1)
+        factor = 1 + jnp.asarray(phi, wide(y)) * (divide(_std(wanted), _std(y), 1) - 1)
         return back(schedule, x, t, bcast(factor, y) * y)._replace(variance_fraction=yes.variance_fraction)
 
     return _guided(denoiser, null, scale, combine)
@@ -221,7 +221,7 @@ def perpendicular(
         w = _weights(scale, x, t)
         yes, no, *bad = _each(denoiser, x, t, cond, null, *negatives)
         pos = yes.eps - no.eps
-        along = [_ratio(_dot(p.eps - no.eps, pos), _dot(pos, pos), 0) for p in bad]
+        along = [divide(dot(p.eps - no.eps, pos), dot(pos, pos)) for p in bad]
 
         def combine(plus: Array, base: Array, minus: list[Array]) -> Array:
             d = plus - base
@@ -253,7 +253,7 @@ def dynamic_threshold(denoiser: Denoiser, schedule: Schedule, percentile: ArrayL
     _unit_interval("dynamic_threshold: percentile", percentile)
 
     def clip(x0: Array) -> Array:
-        size = jnp.reshape(jnp.abs(x0), (x0.shape[0], -1)).astype(_wide(x0))
+        size = jnp.reshape(jnp.abs(x0), (x0.shape[0], -1)).astype(wide(x0))
         m = bcast(jnp.maximum(jnp.quantile(size, jnp.asarray(percentile, size.dtype), axis=1), limit), x0)
         return jnp.clip(x0, -m, m) * (limit / m)
 
@@ -348,29 +348,16 @@ def _projected(
     schedule: Schedule, x: Array, t: Array, yes: Prediction, d: Array, w: Array, eta: ArrayLike, radius: ArrayLike
 ) -> Prediction:
     """Eta and radius of `apg` on the difference d."""
-    wide = _wide(d)
-    d = bcast(jnp.minimum(1, jnp.asarray(radius, wide) / jnp.sqrt(_dot(d, d))), d) * d
-    along = (1 - jnp.asarray(eta, wide)) * _ratio(_dot(d, yes.x0), _dot(yes.x0, yes.x0), 0)
+    dtype = wide(d)
+    d = bcast(jnp.minimum(1, jnp.asarray(radius, dtype) / jnp.sqrt(dot(d, d))), d) * d
+    along = (1 - jnp.asarray(eta, dtype)) * divide(dot(d, yes.x0), dot(yes.x0, yes.x0))
     x0 = yes.x0 + bcast(w - 1, d) * (d - bcast(along, d) * yes.x0)
     return from_x0(schedule, x, t, x0)._replace(variance_fraction=yes.variance_fraction)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    """Inner product of each example: f32[b *d] -> f32[b], summed in float32 at least."""
-    return jnp.sum(jnp.reshape(a * b, (a.shape[0], -1)), axis=1, dtype=_wide(a))
-
-
 def _std(y: Array) -> Array:
     """Standard deviation over each example: f32[b *d] -> f32[b]."""
-    return jnp.std(jnp.reshape(y, (y.shape[0], -1)).astype(_wide(y)), axis=1)
-
-
-def _ratio(a: Array, b: Array, otherwise: float) -> Array:
-    return jnp.where(b == 0, otherwise, a / jnp.where(b == 0, 1, b))
-
-
-def _wide(x: Array) -> Any:
-    return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
+    return jnp.std(jnp.reshape(y, (y.shape[0], -1)).astype(wide(y)), axis=1)
 
 
 def _unit_interval(name: str, value: ArrayLike) -> None:

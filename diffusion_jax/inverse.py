@@ -10,26 +10,27 @@ x = alpha x0 + sigma eps, with x0^ the denoiser's estimate, J = d x0^ / d x and 
 
 (1) and the last equality of (2) are Tweedie's formulas for a perfect denoiser. What the methods put in (3):
 
-    method            C                          p(y | x) is exact for
-    DPS               0; the step's size is free  -
-    Pi-GDM            v sigma^2 / (alpha^2 v + sigma^2)   x0 ~ N(m, v I)
-    TMPD              row sums of A C A^T         Gaussian x0, if A C A^T is diagonal
-    MMPS              sigma^2 / alpha J           Gaussian x0
+    method    C                                      exact for
+    DPS       0, and a size of the step to be tuned  -
+    Pi-GDM    v sigma^2 / (alpha^2 v + sigma^2) I    x0 ~ N(m, v I)
+    TMPD      such that A C A^T is diagonal          Gaussian x0 for which it is
+    MMPS      sigma^2 / alpha J                      Gaussian x0
 
 The others put the measurement in the place of part of the estimate or of x:
 
-    DDNM, DDRM        x0^ + A+ r, or its coefficients in the basis of A's singular vectors               (4)
-    DiffPIR           argmin_z |y - A z|^2 + rho |z - x0^|^2 = x0^ + A^T (A A^T + rho)^-1 r               (5)
-    replacement, RePaint, MCG     x_s + A+ (alpha_s y + sigma_s A z - A x_s),  z standard normal         (6)
+    DDNM, DDRM                 x0^ + A+ r, or part of it for each singular vector of A                    (4)
+    DiffPIR                    argmin_z |y - A z|^2 + rho |z - x0^|^2 = x0^ + A^T (A A^T + rho)^-1 r      (5)
+    replacement, RePaint, MCG  x_s + A+ (alpha_s y + sigma_s A z - A x_s),  z standard normal             (6)
 
-(4) and (6) know no law of the rest given y, and trust y (DDRM and DDNM+ but for its noise); only the particles of
-`twisted_smc` converge to the posterior. `conformance/posterior.py` measures all of it.
+With (4) to (6) the rest of x0 learns of y through the denoiser alone, and (6) keeps the noise of y. Only the particles
+of `twisted_smc` converge to the posterior. `conformance/posterior.py` measures how far each method is from it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,9 @@ def pigdm(
     """Pseudoinverse guidance (Song et al. 2023, "Pseudoinverse-guided diffusion models", ICLR), eq. (3).
 
     C = v sigma^2 / (alpha^2 v + sigma^2) I with `variance` v that of the data (the paper's is 1): exact for
-    x0 ~ N(m, v I). With a Python 0 for sigma_y, (3) needs A+ alone, and A may be nonlinear: a decoder, say. Otherwise
-    it needs the spectrum, or the adjoint and conjugate gradients. This is the paper's score; its algorithm 1 gives it
-    another weight at each step. One evaluation and its gradient.
+    x0 ~ N(m, v I). With a Python 0 for sigma_y, (3) needs A+ alone, and A may be nonlinear: `jpeg`, say. Otherwise it
+    needs the spectrum, or the adjoint for 50 steps of conjugate gradients. This is the paper's score; its algorithm 1
+    gives it another weight at each step. One evaluation and its gradient.
     """
     _nonnegative("pigdm", sigma_y)
 
@@ -118,7 +119,7 @@ def ddnm(denoiser: Denoiser, schedule: Schedule, operator: Operator, y: Array) -
     """Null-space projection of the estimate, eq. (4) (Wang et al. 2022, arXiv:2212.00490, algorithm 1, with `ddpm`).
 
     x0^ + A+ y - A+ A x0^, so that A x0 = y at the end: for y without noise, else see `ddnm_plus`. A nonlinear operator
-    with a generalised inverse will do: for `jpeg` it is Kawar et al. 2022, arXiv:2209.11888. `travel` around the
+    with a generalised inverse will do, as `jpeg` in Kawar et al. 2022, arXiv:2209.11888. `travel` around the
     sampler is the paper's time-travel.
     """
 
@@ -135,8 +136,8 @@ def diffpir(
     """The proximal estimate, eq. (5), rho = lam (sigma_y alpha / sigma)^2 (Zhu et al. 2023, arXiv:2305.08995, alg. 1).
 
     It is the mean of z ~ N(x0^, (sigma / alpha)^2 / lam I) given y. The paper's sampler is `remix`. Needs the spectrum
-    of the operator, or its adjoint and conjugate gradients; with a Python 0 for sigma_y it is `ddnm`. ValueError unless
-    lam > 0.
+    of the operator, or its adjoint for 50 steps of conjugate gradients; with a Python 0 for sigma_y it is `ddnm`.
+    ValueError unless lam > 0.
     """
     _nonnegative("diffpir", sigma_y)
     if lam <= 0:
@@ -212,9 +213,8 @@ def dps(inner: Sampler, operator: Operator, y: Array, zeta: ArrayLike) -> Sample
 
     x_s <- x_s - zeta / |r| grad_x |r|^2,   r = y - A x0^(x)
 
-    for each example, with |r| of its own: 2 zeta times a gradient of length about |J^T A^T|. The step does not know of
-    sigma_y nor of the grid, and is to be tuned; it is not that of (3). Any differentiable operator; zeta 0 is `inner`.
-    One gradient more than `inner`.
+    with the |r| of each example: 2 zeta grad |r|. The step is not that of (3): it knows neither of sigma_y nor of the
+    grid, and is to be tuned. Any differentiable operator; zeta 0 is `inner`. One gradient more than `inner`.
     """
 
     def step(key: Key, x: Array, state: Any, t: Array, s: Array, denoise: Denoise) -> tuple[Array, Any]:
@@ -228,10 +228,9 @@ def dps(inner: Sampler, operator: Operator, y: Array, zeta: ArrayLike) -> Sample
         def known(z: Array, u: Array) -> Prediction:
             return p if z is x and u is t else denoise(z, u)  # the inner step's first evaluation is this one
 
+        gradient, size = pull(jnp.ones_like(square))[0], _divide(jnp.sqrt(square), square)
         moved, state = inner.step(key, x, state, t, s, known)
-        return moved - bcast(_divide(jnp.asarray(zeta, square.dtype) * jnp.sqrt(square), square), x) * pull(
-            jnp.ones_like(square)
-        )[0], state
+        return moved - bcast(jnp.asarray(zeta, size.dtype) * size, x) * gradient, state
 
     return Sampler(inner.init, step)
 
@@ -239,7 +238,7 @@ def dps(inner: Sampler, operator: Operator, y: Array, zeta: ArrayLike) -> Sample
 def mcg(inner: Sampler, schedule: Schedule, operator: Operator, y: Array, zeta: ArrayLike) -> Sampler:
     """Manifold constrained gradients (Chung et al. 2022, arXiv:2206.00941): `dps`, then `replacement`.
 
-    The paper's weight W of the residual is I, and its step zeta / |r| as in its experiments. Zeta 0 is `replacement`.
+    The paper's weight W of the residual is I here, and the step that of `dps`. Zeta 0 is `replacement`.
     """
     return replacement(dps(inner, operator, y, zeta), schedule, operator, y)
 
@@ -393,15 +392,15 @@ def gaussian_twist(
     def twist(x0: Array, t: Array) -> Array:
         alpha, sigma = schedule(t)
         own, c = jnp.asarray(sigma_y, sigma.dtype) ** 2, variance * sigma**2 / (alpha**2 * variance + sigma**2)
-        seen = operator.apply(x0)
         if isinstance(operator.spectral, Missing):
-            r = _fit("gaussian_twist", operator, y, seen) - seen
-            square = _square(r) / (own + c).astype(_dot(r, r).dtype)
+            seen = operator.apply(x0)
+            square = _square(_fit("gaussian_twist", operator, y, seen) - seen)
+            square = square / (own + c).astype(square.dtype)
         else:
             r = _gap("gaussian_twist", operator, y, x0)
             square = _dot(r, operator.spectral(lambda v: v**2 / (own.astype(v.dtype) + _lead(c, v) * v**2), r))
-        m = seen[0].size if measurements is None else measurements
-        return -0.5 * (square + (m * jnp.log(2 * np.pi * own)).astype(square.dtype))
+        m = jnp.asarray(y[0].size if measurements is None else measurements, square.dtype)
+        return -0.5 * (square + m * jnp.log(2 * np.pi * own).astype(square.dtype))
 
     return twist
 
@@ -415,20 +414,23 @@ def twisted_smc(
     times: Array,
     cond: Cond = None,
     *,
-    large: bool = True,
+    variance: Literal["small", "large"] = "large",
     threshold: float = 0.5,
 ) -> Particles:
     """The twisted diffusion sampler (Wu et al. 2023, arXiv:2306.17775, algorithm 1): exact for many particles.
 
-    Each particle takes a step of `ddpm` (its large or small variance) whose mean is moved by variance times
-    grad_x log twist, and is weighted by prior step x new twist / (moved step x old twist); they are resampled where the
-    effective sample size falls below threshold n. For n -> infinity the particles follow p(x0) p(y | x0) / p(y) with
-    p(x0) the law of `ddpm` on this grid, for any twist that ends as p(y | x0).
+    Each particle takes a step of `ddpm` (of that variance) whose mean is moved by variance times grad_x log twist, and
+    is weighted by prior step x new twist / (moved step x old twist); they are resampled where the effective sample size
+    falls below threshold n. For n -> infinity the particles follow p(x0) p(y | x0) / p(y) with p(x0) the law of `ddpm`
+    on this grid, for any twist that ends as p(y | x0).
 
-    x: f[n *d] are draws of `prior`, one for each particle; all share one measurement. One evaluation and its gradient
-    a step. ValueError for fewer than 2 particles, or a `[b]` array of keys: the particles are not independent.
+    x: f[n *d] are draws of `prior`, one for each particle; all share one measurement and one condition. One evaluation
+    and its gradient a step. ValueError for fewer than 2 particles, and for a `[b]` array of keys: the particles are not
+    independent.
     """
     n = x.shape[0]
+    if variance not in ("small", "large"):
+        raise ValueError(f"twisted_smc: variance must be 'small' or 'large', got {variance!r}")
     if n < 2:
         raise ValueError(f"twisted_smc: at least 2 particles, got x of shape {x.shape}")
     if is_batched(key):
@@ -451,16 +453,16 @@ def twisted_smc(
         logw, ess, gain = _normalised(logw + logp)
         few = ess < threshold * n
         pick = jnp.where(few, systematic_resampling(fold(fold(key, i), 0), logw), jnp.arange(n))
-        logw = jnp.where(few, -np.log(n), logw)
+        logw = jnp.where(few, -math.log(n), logw)
         x, x0, logp, slope = (a[pick] for a in (x, x0, logp, slope))
-        mean, variance = q_posterior(schedule, x, x0, t, s)
-        variance = transition(schedule, t, s)[1] if large else variance
-        z, move = normal_like(fold(fold(key, i), 1), x), bcast(jnp.sqrt(variance), x) * slope
-        x = mean + bcast(jnp.sqrt(variance), x) * (move + z)
+        mean, small = q_posterior(schedule, x, x0, t, s)
+        std = bcast(jnp.sqrt(small if variance == "small" else transition(schedule, t, s)[1]), x)
+        z, move = normal_like(fold(fold(key, i), 1), x), std * slope
+        x = mean + std * (move + z)
         ratio = -_dot(move, z + move / 2)  # log of prior step / moved step
         return (x, logw + ratio - logp, evidence + gain), ess
 
-    weights = jnp.full(n, -np.log(n), _dot(x, x).dtype)
+    weights = jnp.full(n, -math.log(n), _dot(x, x).dtype)
     steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
     (x, logw, evidence), ess = jax.lax.scan(body, (x, weights, jnp.zeros((), weights.dtype)), steps)
     end = jnp.broadcast_to(times[-1], (n,))

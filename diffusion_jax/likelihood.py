@@ -14,10 +14,11 @@ where S is the logistic function. From a time T of little signal to a time 0 of 
 
     -log p(x0) <= KL(q(x_T | x0) || p(x_T)) + sum KL(q(x_s | x_t, x0) || p(x_s | x_t)) - E log p(x0 | x_0)   (4)
     KL(q(x_s | x_t, x0) || p(x_s | x_t)) = 1/2 (SNR_s - SNR_t) / (1 + SNR_t) E(l_t)           (5)
-    sum of (5) -> 1/2 int S(l) E(l) dl, from above, as the grid is refined                    (6)
+    sum of (5) -> 1/2 int S(l) E(l) dl  as the grid is refined                                (6)
 
 (Ho et al. 2020, arXiv:2006.11239, eq. 5; Kingma et al. 2021, arXiv:2107.00630, eq. 11-17); in (5) p has the variance of
-q. For the best denoiser the integral over all l is exact, for each x0 (Kong et al. 2023, arXiv:2302.03792):
+q. For the best denoiser the integral over all l is exact, for each x0 (Guo, Shamai & Verdu 2005, arXiv:cs/0412108, in
+the mean; Kong et al. 2023, arXiv:2302.03792):
 
     -log p(x0) = d/2 log(2 pi e) - 1/2 int S(l) (d - E(l)) dl                                 (7)
 
@@ -91,10 +92,10 @@ def ode_log_density(
     n_s, n_T = jnp.hypot(*schedule(up[0])), jnp.hypot(*schedule(up[-1]))
     y = _at_least_float32(x)
     state = y / bcast(n_s, y), jnp.zeros(len(y), y.dtype)
-
     field = partial(_field, denoiser, schedule, x.dtype, chunk)
     if tolerance is None:
-        (y, trace), steps = _runge_kutta(field(cond, probes), schedule, state, up), jnp.full(len(x), len(times) - 1)
+        y, trace = _runge_kutta(field(cond, probes), schedule, state, up)
+        steps = jnp.full(len(x), len(times) - 1, jnp.int32)
     else:
         alone = jax.tree.map(lambda a: a[:, None], (state, cond))
         probes = None if probes is None else jnp.moveaxis(probes, 1, 0)[:, :, None]
@@ -212,26 +213,17 @@ def vlb(
     return Terms(_prior_kl(schedule, x0, times[0]), terms, end)
 
 
-def vdm_loss(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    x0: Array,
-    t: Array,
-    eps: Array,
-    cond: Cond = None,
-    *,
-    low: float,
-    high: float,
-) -> Array:
-    """One draw of (6) for t: f32[b] uniform in (low, high), 1/2 (high - low) (-dl/dt) |eps_hat - eps|^2: f32[b].
+def vdm_loss(denoiser: Denoiser, schedule: Schedule, x0: Array, t: Array, eps: Array, cond: Cond = None) -> Array:
+    """The integrand of (6) in t: f32[b], for one draw of eps, 1/2 (-dl/dt) |eps_hat - eps|^2: f32[b].
 
-    Its mean depends on the schedule through l(low) and l(high) alone (Kingma et al. 2021, eq. 17-18). So a learned
-    schedule is trained on the variance: by the gradient of the mean of `vdm_loss(...) ** 2` in its parameters.
+    Its integral over t, for times in [0, 1] its mean over uniform t, depends on the schedule through its two ends
+    alone (Kingma et al. 2021, eq. 17-18). So a learned schedule is trained on the variance: by the gradient of the
+    mean of `vdm_loss(...) ** 2` in its parameters.
     """
     at, rate = schedule(t), rates(schedule, t)
     weight = at.alpha * (rate.sigma * at.alpha - rate.alpha * at.sigma) / (at.sigma * (at.alpha**2 + at.sigma**2))
     error = _sum(_noised(denoiser, schedule, x0, t, eps, cond)[1])
-    return bcast((high - low) * weight, error) * error
+    return bcast(weight, error) * error
 
 
 def vdm_bound(
@@ -247,15 +239,16 @@ def vdm_bound(
 ) -> Array:
     """Independent, unbiased draws of (4) with (6) for its sum, between the ends of times: f32[draws b].
 
-    Each draws one t and one eps and evaluates twice; the prior and the decoder are those of `vlb`.
+    Each draws one t and one eps and evaluates twice; the prior and the decoder are those of `vlb`. The mean over the
+    first axis has the standard error that `bits_per_dim(-draws, ...)` gives.
     """
     high, low = _check_times("vdm_bound", times)[jnp.asarray([0, -1])]
 
     def draw(i: Array) -> Array:
         k = fold(key, i)
         eps, u = normal_like(fold(k, 0), x0), _uniform_like(fold(k, 1), jnp.zeros(len(x0), times.dtype))
-        loss = vdm_loss(denoiser, schedule, x0, high - (high - low) * u, eps, cond, low=low, high=high)
-        return loss + _reconstruction(denoiser, schedule, x0, low, eps, cond, decoder)
+        loss = vdm_loss(denoiser, schedule, x0, high - (high - low) * u, eps, cond)
+        return bcast(high - low, loss) * loss + _reconstruction(denoiser, schedule, x0, low, eps, cond, decoder)
 
     return _prior_kl(schedule, x0, high)[None] + jax.lax.map(draw, jnp.arange(draws))
 
@@ -288,7 +281,8 @@ def immse_log_density(
 
     `rule` is for u: `legendre(n)` for a quadrature, `stratified(key, n)` for importance sampling with logistic l. Past
     times[0] the integral is the prior's divergence, and past times[-1] E - d falls as 1 / SNR: this leaves out what is
-    of second order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that.
+    of second order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that. `noise`
+    and `chunk` as in `vlb`.
     """
     times = _check_times("immse_log_density", times)[jnp.asarray([0, -1])]
     (u, weight), (first, last), d = rule, logsnr(schedule, times), math.prod(x0.shape[1:])
@@ -327,9 +321,7 @@ def bits_per_dim(log_likelihood: Array, dimensions: int, bin_width: float) -> Bi
     6.994
     """
     if log_likelihood.ndim not in (1, 2) or bin_width <= 0:
-        raise ValueError(
-            f"bits_per_dim: f32[b] or f32[r b] and a width > 0, got {log_likelihood.shape} and {bin_width}"
-        )
+        raise ValueError(f"bits_per_dim: f32[b] or f32[r b] and width > 0, got {log_likelihood.shape}, {bin_width}")
     bits = -(jnp.atleast_2d(log_likelihood) / dimensions + math.log(bin_width)) / math.log(2)
     r, b = bits.shape
     draws = jnp.sqrt(jnp.mean(jnp.var(bits, axis=0, ddof=1)) / (r * b)) if log_likelihood.ndim == 2 else jnp.zeros(())
@@ -426,7 +418,7 @@ def _adaptive(
     )
     y, trace = jax.tree.map(lambda a: a[0], solution.ys)
     done = solution.result == diffrax.RESULTS.successful
-    return y, jnp.where(done, trace, jnp.nan), jnp.full(1, solution.stats["num_steps"])
+    return y, jnp.where(done, trace, jnp.nan), jnp.full(1, solution.stats["num_steps"], jnp.int32)
 
 
 def _noised(
@@ -440,7 +432,7 @@ def _noised(
 
 def _prior_kl(schedule: Schedule, x0: Array, t: Array) -> Array:
     """KL(N(alpha_t x0, sigma_t^2) || N(0, sigma_t^2)): f32[b]."""
-    squares = _sum(x0**2)
+    squares = _sum(_at_least_float32(x0) ** 2)
     return 0.5 * bcast(jnp.exp(logsnr(schedule, t)), squares) * squares
 
 

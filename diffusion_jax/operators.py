@@ -13,7 +13,7 @@ vector conj(w) / s, and m - 1 that are 0: for any function g of the singular val
 
     V g(S) V* x = g(0) x + T* (conj(w_i) / s (g(s) - g(0)) sum_j w_j / s (T x)_j)            (4)
 
-which is all that a method asks of a singular value decomposition: V* A+ y are its coefficients of the measurement.
+which, with U* y = S V* A+ y, is all that a method asks of a singular value decomposition.
 
 Examples are x: [b *space c], and [b d] is a line without channels; measurements keep the leading axis. Boundaries are
 circular where a kernel reaches over them, which makes (3) exact. An operator may be built inside of a jitted function.
@@ -162,9 +162,10 @@ def gaussian_kernel(std: float, radius: int, axes: int = 2) -> np.ndarray:
 
 
 def bicubic(factor: int, axes: int = 2) -> Operator:
-    """Antialiased bicubic downsampling: `blur` with Keys's kernel (1981, eq. 15; a = -1/2) stretched by the factor."""
+    """Antialiased bicubic downsampling: `blur` with Keys's kernel (1981; a = -1/2) stretched by the factor."""
     _positive("bicubic", factor)
-    u = np.abs((np.arange(4 * factor - (factor % 2)) - (4 * factor - (factor % 2) - 1) / 2) / factor)
+    size = 4 * factor - factor % 2
+    u = np.abs((np.arange(size) - (size - 1) / 2) / factor)
     near, far = 1.5 * u**3 - 2.5 * u**2 + 1, -0.5 * u**3 + 2.5 * u**2 - 4 * u + 2
     return blur(_outer(np.where(u <= 1, near, np.where(u < 2, far, 0)), axes), factor, name="bicubic")
 
@@ -223,8 +224,8 @@ def jpeg(quality: int = 50) -> Operator:
     """JPEG without its colour transform: rounded cosine coefficients of 8 x 8 blocks, [b h w c] -> the same shape.
 
     x in [-1, 1] are 8-bit values around 0; y are integers, in the place of each block. The pseudo-inverse decodes, so
-    A(A+(A(x))) = A(x) (Kawar et al. 2022, arXiv:2209.11888). Rounding has no derivative: methods that differentiate A
-    (DPS, MMPS, TMPD) do not move, the others do. The quality scales the luminance table of ITU-T T.81 as in libjpeg.
+    A(A+(A(x))) = A(x) (Kawar et al. 2022, arXiv:2209.11888). Rounding has derivative 0: methods that differentiate A
+    (DPS, TMPD, MMPS) do nothing. The quality scales the luminance table of ITU-T T.81 as in libjpeg.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"jpeg: quality between 1 and 100, got {quality}")

@@ -80,6 +80,25 @@ def normal_like(key: Key, x: Array) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(key)
 
 
+def wide(x: Array) -> Any:
+    """The dtype in which sums over x are taken: its own, or float32 for a narrower one."""
+    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Inner product of each example, summed in float32 at least: f32[b *d], f32[b *d] -> f32[b].
+
+    >>> dot(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4))).tolist()
+    [12.0, 12.0]
+    """
+    return jnp.sum(jnp.reshape(a.astype(wide(a)) * b.astype(wide(a)), (a.shape[0], -1)), axis=1)
+
+
+def divide(a: Array, b: Array, otherwise: float = 0.0) -> Array:
+    """a / b, and `otherwise` where b is 0; its derivatives are finite there."""
+    return jnp.where(b == 0, otherwise, a / jnp.where(b == 0, 1, b))
+
+
 def mean_per_example(x: Array) -> Array:
     """Mean over all axes but the first: `[b *d] -> [b]`.
 

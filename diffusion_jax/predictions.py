@@ -18,7 +18,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from diffusion_jax.ops import bcast, check_like, check_time
+from diffusion_jax.ops import bcast, check_like, check_time, divide
 from diffusion_jax.schedules import rates
 from diffusion_jax.typing import Array, Prediction, Schedule
 
@@ -34,14 +34,14 @@ def from_x0(schedule: Schedule, x: Array, t: Array, x0: Array) -> Prediction:
     """
     _check("from_x0", x, t, x0)
     alpha, sigma = schedule(t)
-    return Prediction(x0, _divide(x - bcast(alpha, x) * x0, bcast(sigma, x)))
+    return Prediction(x0, divide(x - bcast(alpha, x) * x0, bcast(sigma, x)))
 
 
 def from_eps(schedule: Schedule, x: Array, t: Array, eps: Array) -> Prediction:
     """x0 = (x - sigma eps) / alpha."""
     _check("from_eps", x, t, eps)
     alpha, sigma = schedule(t)
-    return Prediction(_divide(x - bcast(sigma, x) * eps, bcast(alpha, x)), eps)
+    return Prediction(divide(x - bcast(sigma, x) * eps, bcast(alpha, x)), eps)
 
 
 def from_score(schedule: Schedule, x: Array, t: Array, score: Array) -> Prediction:
@@ -85,7 +85,7 @@ def to_eps(schedule: Schedule, prediction: Prediction, t: Array) -> Array:
 
 def to_score(schedule: Schedule, prediction: Prediction, t: Array) -> Array:
     """score = -eps / sigma."""
-    return -_divide(prediction.eps, bcast(schedule(t).sigma, prediction.eps))
+    return -divide(prediction.eps, bcast(schedule(t).sigma, prediction.eps))
 
 
 def to_v(schedule: Schedule, prediction: Prediction, t: Array) -> Array:
@@ -126,7 +126,3 @@ def lookup(table: dict, name: str) -> Callable:
 def _check(name: str, x: Array, t: Array, output: Array) -> None:
     check_like(f"{name}: the output", output, x)
     check_time(f"{name}: t", t, x)
-
-
-def _divide(a: Array, b: Array) -> Array:
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

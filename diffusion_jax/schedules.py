@@ -328,6 +328,8 @@ def logsnr(schedule: Schedule, t: Array) -> Array:
 def inverse_logsnr(schedule: Schedule, value: Array, low: ArrayLike, high: ArrayLike, iterations: int = 50) -> Array:
     """The time in [low, high] at which the log SNR is `value: f32[*b]`, by bisection; the nearer end if there is none.
 
+    A Newton step from the time found carries the derivatives in value and in the schedule's parameters.
+
     >>> round(float(inverse_logsnr(edm(), jnp.float32(0.0), 0.002, 80.0)), 5)
     1.0
     """
@@ -340,7 +342,13 @@ def inverse_logsnr(schedule: Schedule, value: Array, low: ArrayLike, high: Array
 
     ends = tuple(jnp.broadcast_to(jnp.asarray(end, value.dtype), value.shape) for end in (low, high))
     a, b = jax.lax.fori_loop(0, iterations, halve, ends)
-    return (a + b) / 2
+    t = jax.lax.stop_gradient((a + b) / 2)
+    found, slope = jax.jvp(lambda t: logsnr(schedule, t), (t,), (jnp.ones_like(t),))
+    step = (value - found) / jax.lax.stop_gradient(slope)
+    near = jnp.abs(step) < 1e-3 * (
+        ends[1] - ends[0]
+    )  # not where there is no such time, nor where the slope is infinite
+    return jnp.clip(t + jnp.where(near, step, 0), *ends)
 
 
 def rates(schedule: Schedule, t: Array) -> AlphaSigma:

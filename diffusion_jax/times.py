@@ -95,10 +95,9 @@ def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float
     >>> [round(float(t), 3) for t in karras(3)]
     [80.0, 2.515, 0.002, 0.0]
     """
-    _levels("karras", n, sigma_min, sigma_max)
-    if rho <= 0:
-        raise ValueError(f"karras: rho > 0, got {rho}")
-    levels = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho
+    if not (0 < sigma_min < sigma_max and rho > 0):
+        raise ValueError(f"karras: 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}")
+    levels = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), _steps(n)) ** rho
     return jnp.asarray(np.append(levels, 0), jnp.float32)
 
 
@@ -108,8 +107,9 @@ def exponential(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Ar
     >>> [round(float(t), 3) for t in exponential(3)]
     [80.0, 0.4, 0.002, 0.0]
     """
-    _levels("exponential", n, sigma_min, sigma_max)
-    return jnp.asarray(np.append(np.geomspace(sigma_max, sigma_min, n), 0), jnp.float32)
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"exponential: 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
+    return jnp.asarray(np.append(np.geomspace(sigma_max, sigma_min, _steps(n)), 0), jnp.float32)
 
 
 AYS: dict[str, tuple[float, ...]] = {
@@ -121,10 +121,9 @@ AYS: dict[str, tuple[float, ...]] = {
 
 
 def align_your_steps(n: int, model: Literal["sd15", "sdxl", "deepfloyd", "svd"]) -> Array:
-    """n noise levels optimised for a published model, then 0 (Sabour et al. 2024, arXiv:2404.14507, table 3).
+    """n noise levels optimised for a model, then 0 (Sabour et al. 2024, arXiv:2404.14507, table 3).
 
-    The table's 11 levels, their logarithms interpolated for another n: Stable Diffusion 1.5 and XL, the first stage of
-    DeepFloyd-IF, Stable Video Diffusion.
+    The table's 11 levels, their logarithms interpolated for another n. ValueError for an unknown model.
 
     >>> [round(float(t), 3) for t in align_your_steps(3, "sd15")]
     [14.615, 1.396, 0.029, 0.0]
@@ -181,11 +180,10 @@ def optimised(
 ) -> Array:
     """n times from `start` to `end`, then 0, for this denoiser and number of steps: the least of eq. (1).
 
-    order 1 takes the defects of `ddim`, order 2 those of `dpmpp_2m`. x: f32[b *d], draws at `start`, over which the
-    expectation is taken; the key draws r. `fine` is m. It costs m evaluations and their gradients for the batch, once,
-    outside of jit. The dynamic programme is Chen et al. 2024's (arXiv:2405.11326), who weigh no defect by what it does
-    to the end. (1) is a leading order: with fewer than about 8 steps of order 2 it may gain nothing. ValueError where
-    the log SNR is infinite, or unless 2 <= n <= fine.
+    order 1 takes the defects of `ddim`, order 2 those of `dpmpp_2m`. x: f32[b *d], draws at `start`, for the
+    expectation; the key draws r; `fine` is m. It costs m evaluations and their gradients, once, outside of jit. Chen et
+    al. 2024 (arXiv:2405.11326) find such paths without the adjoint. (1) is a leading order: below about 8 steps of
+    order 2 it may gain nothing. ValueError where the log SNR is infinite, or unless 2 <= n <= fine.
     """
     if not 2 <= n <= fine or order not in (1, 2):
         raise ValueError(f"optimised: n in 2..fine and order 1 or 2, got n = {n}, fine = {fine}, order = {order}")
@@ -195,14 +193,12 @@ def optimised(
     return jnp.concatenate([times[_shortest(cost, n - 1)], jnp.zeros((1,), times.dtype)])
 
 
-def _trajectory(
-    key: Key, denoiser: Denoiser, schedule: Schedule, x: Array, times: Array, cond: Cond
-) -> tuple[np.ndarray, ...]:
+def _trajectory(key: Key, denoiser: Denoiser, schedule: Schedule, x: Array, times: Array, cond: Cond) -> tuple:
     """a_k, x_k and the predictions x0 and eps, each f64[m + 1, b, d], of `dpmpp_2m` at times equal in log SNR."""
     r = normal_like(key, x)
 
     @jax.checkpoint
-    def body(carry: tuple[Array, Array], step: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    def body(carry: tuple, step: tuple) -> tuple[tuple, tuple]:
         (x, before), (t, s, second, shift) = carry, step
         x = x + shift
         p = denoiser(x, jnp.broadcast_to(t, x.shape[:1]), cond)
@@ -211,7 +207,7 @@ def _trajectory(
         y = bcast(alpha, x) * (p.x0 + bcast(half, x) * (p.x0 - before)) + bcast(sigma, x) * p.eps
         return (y, p.x0), (x, p.x0, p.eps)
 
-    def final(shifts: Array) -> tuple[Array, tuple[Array, ...]]:
+    def final(shifts: Array) -> tuple[Array, tuple]:
         steps = times, jnp.append(times[1:], times[-1]), jnp.arange(times.size) > 0, shifts
         path = jax.lax.scan(body, (x, x), steps)[1]
         return jnp.sum(r * path[1][-1]), path
@@ -292,21 +288,21 @@ def init_importance(table: int = 1000, history: int = 10) -> LossHistory:
     """An empty history for `draw_importance`; the paper keeps 10 losses of each of 1000 times."""
     if table < 1 or history < 1:
         raise ValueError(f"init_importance: table and history at least 1, got {table}, {history}")
-    return LossHistory(jnp.zeros((table, history)), jnp.zeros((table,), jnp.int32))
+    return LossHistory(jnp.zeros((table, history), jnp.float32), jnp.zeros((table,), jnp.int32))
 
 
-def draw_importance(key: Key, state: LossHistory, b: int, uniform: float = 0.001) -> tuple[Array, Array]:
+def draw_importance(key: Key, state: LossHistory, b: int, floor: float = 0.001) -> tuple[Array, Array]:
     """Discrete times i / T with probability p_i ~ sqrt(E[L_i^2]), and weights 1 / (T p_i): each f32[b].
 
     The mean of weight * loss estimates the mean over all times without bias, whatever the history; p is uniform until
-    every time has a full one (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.3). A share `uniform` of the draws,
-    not the paper's, stays uniform, which bounds the weights by 1 / uniform.
+    every time has a full one (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.3). A share `floor` of the draws,
+    not the paper's, stays uniform, which bounds the weights by 1 / floor.
     """
     table, history = state.losses.shape
     root = jnp.sqrt(jnp.mean(state.losses**2, axis=1))
     ready = jnp.all(state.count >= history) & (jnp.sum(root) > 0)
     root = jnp.where(ready, root, 1)
-    p = (1 - uniform) * root / jnp.sum(root) + uniform / table
+    p = (1 - floor) * root / jnp.sum(root) + floor / table
     i = jax.random.categorical(key, jnp.log(p), shape=(b,))
     return (i + 1).astype(jnp.float32) / table, 1 / (table * p[i])
 
@@ -319,11 +315,10 @@ def update_importance(state: LossHistory, t: Array, losses: Array) -> LossHistor
     i = jnp.round(t * table).astype(jnp.int32) - 1
     same = (i[:, None] == i[None, :]) & jnp.tril(jnp.ones((t.size, t.size), bool), -1)
     rank = jnp.sum(same, axis=1, dtype=jnp.int32)
-    kept = jnp.sum(same, axis=0) < history  # of more draws of one time than it has places the last ones
+    kept = jnp.sum(same, axis=0) < history  # else two would write to one place, in an undefined order
     place = (state.count[i] + rank) % history
-    values = losses.astype(state.losses.dtype)
-    new = state.losses.at[jnp.where(kept, i, table), place].set(values, mode="drop")
-    return LossHistory(new, state.count.at[i].add(1))
+    at = state.losses.at[jnp.where(kept, i, table), place]
+    return LossHistory(at.set(losses.astype(state.losses.dtype), mode="drop"), state.count.at[i].add(1))
 
 
 def _steps(n: int) -> int:
@@ -335,12 +330,6 @@ def _steps(n: int) -> int:
 def _falls(name: str, start: float, end: float) -> None:
     if not 0 <= end < start:
         raise ValueError(f"{name}: times fall, 0 <= end < start, got start {start}, end {end}")
-
-
-def _levels(name: str, n: int, sigma_min: float, sigma_max: float) -> None:
-    _steps(n)
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"{name}: 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
 
 
 def _within(n: int, table: int) -> None:

@@ -20,6 +20,7 @@ from diffusion_jax.evaluation.mixtures import Mixture
 
 # Between these times nothing is singular.
 RANGES = {"vp_linear": (0.8, 0.1), "rectified": (0.95, 0.1), "cosine": (0.9, 0.1), "edm": (3.0, 0.2), "ve": (0.8, 0.2)}
+D = 16
 BELL = mixtures.gaussian(np.array([0.5, -1.0, 0.2]), np.array([0.25, 1.0, 0.04]))
 
 
@@ -51,16 +52,19 @@ def flow_errors(entry, steps, law=BELL):
     sampler = entry.make(PROBLEMS[entry.problem], dj.white)
     denoise = at_scalar_time(exact_denoiser(law, schedule))
     with jax.enable_x64(True):
-        x = jnp.asarray(np.array([[1.0, -0.4, 0.3], [-0.7, 1.2, -1.5]]))
+        x = np.array([[1.0, -0.4, 0.3], [-0.7, 1.2, -1.5]])
         step = jax.jit(lambda x, state, t, s: sampler.step(jax.random.key(0), x, state, t, s, denoise))
-        exact = jax.jit(lambda x: mixtures.flow(law, schedule, x, jnp.asarray(high), jnp.asarray(low)))(x)
-        errors = []
+        (m_t, v_t), (m_s, v_s) = (
+            (law_at(law, schedule, t).means, law_at(law, schedule, t).variances) for t in (high, low)
+        )
+        exact, errors = m_s + np.sqrt(v_s / v_t) * (x - m_t), []
         for n in steps:
-            y, state = x, sampler.init(x)
+            y = jnp.asarray(x)
+            state = sampler.init(y)
             for t, s in itertools.pairwise(order_grid(entry.problem, n)):
                 y, state = step(y, state, t, s)
             assert y.dtype == jnp.float64
-            errors.append(float(jnp.sqrt(jnp.mean((y - exact) ** 2))))
+            errors.append(float(np.sqrt(np.mean((np.asarray(y) - exact) ** 2))))
     return errors
 
 
@@ -86,13 +90,12 @@ def law_at(law, schedule, t):
 def law_propagator(make, schedule, law, denoiser=None):
     """times -> (mean [d], covariance [d d]) that make(noise) reaches from the exact law at times[0], eq. (1).
 
-    Every call of `noise` in a step is a draw of its own, so a step must not call it inside a loop.
+    Every call of `noise` in a step, four at most, is a draw of its own, so a step must not call it inside a loop.
     """
-    pending, calls, d = [], [], law.means.shape[1]
+    pending, d = [], law.means.shape[1]
 
     def noise(key, x, t, s):
-        calls.append(1)
-        return pending.pop(0) if pending else jnp.zeros_like(x)
+        return pending.pop(0)
 
     sampler, denoise = make(noise), at_scalar_time(denoiser or exact_denoiser(law, schedule))
 
@@ -103,7 +106,8 @@ def law_propagator(make, schedule, law, denoiser=None):
     def flat(x, state):
         return jnp.concatenate([jnp.ravel(a) for a in (x, *filter(is_affine, jax.tree.leaves(state)))])
 
-    def advance(u, z, state, t, s):
+    @jax.jit
+    def advance(u, state, t, s):
         def step(u, z):
             rows = list(jnp.reshape(u, (-1, 1, d)))
             x, pending[:] = rows.pop(0), list(z)
@@ -114,59 +118,60 @@ def law_propagator(make, schedule, law, denoiser=None):
                 return jnp.reshape(jnp.stack([rows.pop(0) for _ in range(leaf.size // d)]), leaf.shape)
 
             x, new = sampler.step(jax.random.key(0), x, jax.tree.map(past, state), t, s, denoise)
-            return flat(x, new), new
+            return flat(x, new), (flat(x, new), new)
 
-        jacobians, new = jax.jacfwd(step, argnums=(0, 1), has_aux=True)(u, z)
-        return step(u, z)[0], jacobians, new
+        (by_u, by_z), (value, new) = jax.jacfwd(step, argnums=(0, 1), has_aux=True)(u, jnp.zeros((4, 1, d)))
+        return value, by_u, jnp.reshape(by_z, (len(u), -1)), new
 
     def propagate(times):
         with jax.enable_x64(True):
             start = law_at(law, schedule, times[0])
             x = jnp.asarray(start.means)
             state = sampler.init(x)
-            calls.clear()
-            jax.eval_shape(lambda: sampler.step(jax.random.key(0), x, state, *map(jnp.asarray, times[:2]), denoise))
-            u, z = np.asarray(flat(x, state)), np.zeros((len(calls), 1, d))
+            u = flat(x, state)
             covariance = np.zeros((len(u), len(u)))
             covariance[:d, :d] = np.diag(start.variances[0])
-            go = jax.jit(advance)
             for t, s in itertools.pairwise(times):
-                u, (by_u, by_z), state = go(u, z, state, t, s)
-                by_z = np.reshape(by_z, (len(u), -1))
+                u, by_u, by_z, state = advance(u, state, t, s)
+                by_u, by_z = np.asarray(by_u), np.asarray(by_z)
                 covariance = by_u @ covariance @ by_u.T + by_z @ by_z.T
-        return np.asarray(u)[:d], np.asarray(covariance)[:d, :d]
+        return np.asarray(u)[:d], covariance[:d, :d]
 
     return propagate
 
 
-def check_law(x, mixture, directions):
-    """Every entry of mean and covariance (of 32) within its standard errors, p > 0.001; KS on projections, p > 0.01.
+def mixture():
+    """Two components in D dimensions, of different scales."""
+    rng = np.random.default_rng(0)
+    variance, apart = rng.uniform(0.2, 0.6, D), rng.standard_normal(D)
+    apart *= 1.5 / np.linalg.norm(apart)
+    return Mixture(np.array([0.3, 0.7]), np.stack([apart, -apart]), np.stack([variance, variance[::-1] / 2]))
 
-    Both are corrected for the number of comparisons (Bonferroni). Returns the smallest corrected p-value of KS.
+
+def check_law(x, law):
+    """Every entry of mean and covariance within its standard errors, p > 0.001; KS on projections, p > 0.01.
+
+    The directions are an axis, the line between the components, and a random one. Both are corrected for the number of
+    comparisons (Bonferroni).
     """
-    x = np.asarray(x, np.float64).reshape(len(x), -1)
-    n, (mean, covariance) = len(x), mixtures.moments(mixture)
+    x = np.asarray(x, np.float64)
+    n, (mean, covariance) = len(x), mixtures.moments(law)
     error = np.abs(x.mean(0) - mean) / np.sqrt(np.diag(covariance) / n)
     assert error.max() < stats.norm.isf(0.0005 / error.size), f"mean off by {error.max():.1f} standard errors"
     centred = x - mean
-    few = centred[:, :32]
-    products = few[:, :, None] * few[:, None, :]
-    error = np.abs(products.mean(0) - covariance[:32, :32]) / (products.std(0) / np.sqrt(n))
+    products = centred[:, :, None] * centred[:, None, :]
+    error = np.abs(products.mean(0) - covariance) / (products.std(0) / np.sqrt(n))
     assert error.max() < stats.norm.isf(0.0005 / error.size), f"covariance off by {error.max():.1f} standard errors"
-    p = [stats.kstest(x @ u, mixtures.projected_cdf(mixture, u)).pvalue for u in directions]
+    directions = np.stack([np.eye(D)[0], law.means[0] - law.means[1], np.random.default_rng(1).standard_normal(D)])
+    p = [stats.kstest(x @ u, mixtures.projected_cdf(law, u)).pvalue for u in directions]
     assert min(p) * len(p) > 0.01, f"KS p-values {p}"
-    return min(p) * len(p)
+    print(f"smallest corrected p = {min(p) * len(p):.3f}")
 
 
 def run_law(sampler, problem, steps, n=2000, index=-1):
-    """Two components in 16 dimensions: start from the exact law at times[0], compare with that at times[index]."""
-    rng, schedule, times = np.random.default_rng(0), PROBLEMS[problem].schedule, PROBLEMS[problem].grid(steps)
-    variance, apart = rng.uniform(0.2, 0.6, 16), rng.standard_normal(16)
-    apart *= 1.5 / np.linalg.norm(apart)
-    law = Mixture(np.array([0.3, 0.7]), np.stack([apart, -apart]), np.stack([variance, variance[::-1] / 2]))
-    x = jnp.asarray(mixtures.draw(rng, law_at(law, schedule, times[0]), n), jnp.float32)
+    """Start from the exact law at times[0]; compare with the exact law at times[index]."""
+    schedule, times, law = PROBLEMS[problem].schedule, PROBLEMS[problem].grid(steps), mixture()
+    x = jnp.asarray(mixtures.draw(np.random.default_rng(0), law_at(law, schedule, times[0]), n), jnp.float32)
     denoiser = exact_denoiser(law, schedule)
     y = jax.jit(lambda key: dj.sample(key, sampler, denoiser, x, times))(jax.random.key(0))
-    random = rng.standard_normal(16)
-    directions = [np.eye(16)[0], random / np.linalg.norm(random), apart / np.linalg.norm(apart)]
-    print(f"smallest corrected p = {check_law(y, law_at(law, schedule, times[index]), directions):.3f}")
+    check_law(y, law_at(law, schedule, times[index]))

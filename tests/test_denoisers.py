@@ -62,6 +62,19 @@ def test_sampling_with_another_schedule_reaches_the_same_flow():
     np.testing.assert_allclose(got, mixtures.flow(law, schedule, x, jnp.float32(0.9), jnp.float32(0.05)), atol=2e-4)
 
 
+def test_derivative_in_time_is_that_of_the_other_schedule():
+    """What flow-map losses need: d/dt goes through the matched time too."""
+    schedule, trained = dj.rectified(), dj.vp_linear()
+    with jax.enable_x64(True):
+        x, t = jnp.asarray([[0.3, -1.2], [1.0, 0.4]]), jnp.asarray([0.3, 0.8])
+        moved = reschedule(mixtures.denoiser(LAW, trained), trained, schedule)
+        got, exact = (
+            jax.jit(lambda t, d=d: jax.jvp(lambda t: d(x, t)[:2], (t,), (jnp.ones(2),))[1])(t)
+            for d in (moved, mixtures.denoiser(LAW, schedule))
+        )
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
 def test_dtypes_and_what_is_dropped():
     """bfloat16 x with a float32 schedule; a learned variance does not survive."""
 

@@ -366,7 +366,8 @@ def test_weights_by_the_error_move_the_minimum_unless_the_data_is_symmetric(robu
                 size = 0.1 if robust == "normalized" else None
                 losses = continuous_consistency_loss(student, sch, x0, times, eps, sigma_data=1.0, normalize=size)
             else:
-                metric = {"squared": squared_error, "pseudo_huber": pseudo_huber(0.1), "adaptive": adaptive_error()}[robust]
+                metrics = {"squared": squared_error, "pseudo_huber": pseudo_huber(0.1), "adaptive": adaptive_error()}
+                metric = metrics[robust]
                 losses = mean_flow_loss(lambda y, *_: v + delta * y, sch, x0, times, times, eps, metric=metric)
             return jnp.sum(w * losses)
 

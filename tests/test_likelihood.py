@@ -18,11 +18,11 @@ from diffusion_jax.losses import discretized_log_likelihood, variational_term
 from diffusion_jax.schedules import inverse_logsnr, logsnr
 from diffusion_jax.typing import AlphaSigma
 
-SCHEDULES = {
-    "vp_linear": (dj.vp_linear(), 1.0),
-    "cosine": (dj.cosine(), 1.0),
-    "rectified": (dj.rectified(), 1.0),
-    "edm": (dj.edm(), 1000.0),
+SCHEDULES = {  # and a time for u = 1 down to 0, from no signal to no noise, nearly even in the angle
+    "vp_linear": (dj.vp_linear(), lambda u: u**1.5),
+    "cosine": (dj.cosine(), lambda u: u),
+    "rectified": (dj.rectified(), lambda u: u),
+    "edm": (dj.edm(), lambda u: np.tan(u * np.arctan(1000.0))),
 }
 
 
@@ -49,12 +49,13 @@ def exact(mixture, x, alpha=1.0, sigma=0.0):
     return special.logsumexp([np.log(w) + stats.multivariate_normal(a, c).logpdf(x) for w, a, c in parts], axis=0)
 
 
-def angles(schedule, n, first, last):
-    """n steps equal in the angle from t = first down to t = last."""
-    ends = jnp.asarray([first, last])
-    inner = jnp.linspace(*jnp.arctan2(*schedule(ends)[::-1]), n + 1)[1:-1]
-    t = inverse_logsnr(schedule, -2 * jnp.log(jnp.tan(inner)), last, first)
-    return jnp.concatenate([ends[:1], t, ends[1:]])
+def grid(name, n, last=0.0):
+    return jnp.asarray(SCHEDULES[name][1](np.linspace(1, last, n + 1)))
+
+
+def cosine_times(l_t):
+    """Where cosine(0) has the log SNR l_t."""
+    return jnp.asarray(2 / np.pi * np.arctan(np.exp(-np.asarray(l_t) / 2)))
 
 
 def hermite(n):
@@ -86,15 +87,16 @@ def within(values, expected, errors=4.5):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("end", [0.0, 0.2])
-def test_flow_has_the_density_of_the_mixture(name, end):
+def test_flow_has_the_density_of_the_mixture(name):
     """Float32, at clean data, where rates of a schedule may be infinite, and in between: nats, in 8 dimensions."""
-    schedule, first = SCHEDULES[name]
-    mixture, at = law(8), [float(c) for c in schedule(jnp.asarray(end))]
-    x = mixtures.draw(np.random.default_rng(1), mixtures.marginal(mixture, *at), 16).astype(np.float32)
+    schedule, mixture = SCHEDULES[name][0], law(8)
     denoiser = mixtures.denoiser(mixture, schedule)
     run = jax.jit(lambda x, times: lk.ode_log_density(denoiser, schedule, x, times).log_density)
-    np.testing.assert_allclose(run(jnp.asarray(x), angles(schedule, 48, first, end)), exact(mixture, x, *at), atol=4e-4)
+    for last in (0.0, 0.3):
+        times = grid(name, 48, last).astype(jnp.float32)
+        at = [float(c) for c in schedule(times[-1])]
+        x = mixtures.draw(np.random.default_rng(1), mixtures.marginal(mixture, *at), 16).astype(np.float32)
+        np.testing.assert_allclose(run(jnp.asarray(x), times), exact(mixture, x, *at), atol=4e-4)
 
 
 def test_flow_ends_at_the_prior_and_knows_its_variance(x64):
@@ -102,7 +104,7 @@ def test_flow_ends_at_the_prior_and_knows_its_variance(x64):
     schedule, v = dj.ve(0.01, 2.0), 0.5
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3)))
     denoiser = mixtures.denoiser(mixtures.gaussian(np.zeros(3), np.full(3, v)), schedule)
-    times = angles(schedule, 40, 1.0, 0.0)
+    times = jnp.linspace(1.0, 0.0, 41)
     out = jax.jit(lambda: lk.ode_log_density(denoiser, schedule, x, times, data_variance=v))()
     np.testing.assert_allclose(out.x, x * np.sqrt((v + 2.0**2) / (v + 0.01**2)), rtol=1e-7)
     np.testing.assert_allclose(out.log_density, stats.norm(0, np.sqrt(v + 0.01**2)).logpdf(x).sum(1), rtol=1e-7)
@@ -114,37 +116,32 @@ def test_flow_is_of_order_four(x64):
     x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 32))
     denoiser = mixtures.denoiser(mixture, schedule)
     run = jax.jit(lambda times: lk.ode_log_density(denoiser, schedule, x, times).log_density)
-    errors = [np.abs(run(angles(schedule, n, 1.0, 0.0)) - exact(mixture, x)).mean() for n in (32, 64, 128)]
-    orders = -np.diff(np.log2(errors))
-    print(f"orders {orders}, errors {errors}")
-    assert abs(orders[-1] - 4) < 0.1
+    errors = [np.abs(run(grid("rectified", n)) - exact(mixture, x)).mean() for n in (64, 128)]
+    print(f"errors {errors}")
+    assert abs(np.log2(errors[0] / errors[1]) - 4) < 0.1
 
 
 def test_adaptive_flow_keeps_its_tolerance_and_its_examples_apart(x64):
+    """Both errors fall with the tolerance, and an example takes its own steps whatever the others are."""
     schedule, mixture = dj.cosine(), law(3)
-    x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 6))
-    cond, times, denoiser = jnp.arange(6.0), jnp.asarray([1.0, 0.0]), mixtures.denoiser(mixture, schedule)
+    x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 4))
+    cond, times, denoiser = jnp.arange(4.0), jnp.asarray([1.0, 0.0]), mixtures.denoiser(mixture, schedule)
 
     def shifted(x, t, cond):  # uses cond, without effect
         return jax.tree.map(lambda a: a + 0 * dj.bcast(cond, x), denoiser(x, t))
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def run(x, cond, tolerance):
+    @jax.jit
+    def run(x, tolerance):
         return lk.ode_log_density(shifted, schedule, x, times, cond, tolerance=(tolerance, tolerance))
 
-    outs = {tolerance: run(x, cond, tolerance) for tolerance in (1e-4, 1e-8)}
+    outs = {tolerance: run(x, tolerance) for tolerance in (1e-4, 1e-8)}
     for tolerance, out in outs.items():
         np.testing.assert_allclose(out.log_density, exact(mixture, x), atol=20 * tolerance)
     assert np.all(outs[1e-8].steps > 2 * outs[1e-4].steps)
-    alone = run(x[2:3], cond[2:3], 1e-4)
-    np.testing.assert_array_equal(alone.steps, outs[1e-4].steps[2:3])
-    np.testing.assert_allclose(alone.log_density, outs[1e-4].log_density[2:3], rtol=1e-12)
-
-
-def test_adaptive_flow_that_runs_out_of_steps_is_nan():
-    denoiser = mixtures.denoiser(law(1), dj.cosine())
-    run = jax.jit(lambda x: lk.ode_log_density(denoiser, dj.cosine(), x, jnp.asarray([1.0, 0.0]), tolerance=(0, 1e-30)))
-    assert np.isnan(run(jnp.ones((1, 1))).log_density).all()
+    others = run(x.at[0].multiply(50), 1e-4)
+    assert others.steps[0] != outs[1e-4].steps[0]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1:], b[1:]), others, outs[1e-4])
+    assert np.isnan(run(x, 1e-40).log_density).all()  # runs out of steps
 
 
 def test_flow_of_any_denoiser_is_a_density(x64):
@@ -155,7 +152,7 @@ def test_flow_of_any_denoiser_is_a_density(x64):
     def denoiser(x, t, cond=None):
         return dj.from_x0(schedule, x, t, 0.8 * jnp.tanh(2 * x + dj.bcast(t, x)))
 
-    times = angles(schedule, 64, 1.0, 0.02)
+    times = grid("vp_linear", 128, 0.1)
     p = jnp.exp(
         jax.jit(lambda x: lk.ode_log_density(denoiser, schedule, x, times).log_density)(jnp.asarray(x)[:, None])
     )
@@ -163,95 +160,86 @@ def test_flow_of_any_denoiser_is_a_density(x64):
 
 
 def test_flow_depends_on_the_schedule_by_its_angles_alone(x64):
-    x, mixture = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2))), law(2)
-    values = []
-    for schedule in (dj.rectified(), dj.cosine(0.0), dj.cosine()):
-        denoiser, times = mixtures.denoiser(mixture, schedule), angles(schedule, 12, 1.0, 0.0)
-        run = jax.jit(lambda d=denoiser, s=schedule, t=times: lk.ode_log_density(d, s, x, t).log_density)
-        values.append(run())
-    np.testing.assert_allclose(values[1:], np.stack(values[:1] * 2), rtol=1e-9)
+    x, mixture, values = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2))), law(2), []
+    angle = np.linspace(np.pi / 2, 0, 13)
+    straight = np.sin(angle) / (np.sin(angle) + np.cos(angle))
+    for schedule, times in ((dj.rectified(), straight), (dj.cosine(0.0), angle * 2 / np.pi)):
+        denoiser = mixtures.denoiser(mixture, schedule)
+        run = jax.jit(lambda t, d=denoiser, s=schedule: lk.ode_log_density(d, s, x, t).log_density)
+        values.append(run(jnp.asarray(times)))
+    np.testing.assert_allclose(*values, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
-def test_hutchinson_is_unbiased_and_its_variance_falls_as_one_over_probes(kind, x64):
-    """For N(0, C) the flow integrates u^T J u to u^T M u, M = -log(C) / 2: mean tr M, variance 2 |M|^2 / n, without
-    the diagonal for signs. n = 4000 draws of 1 and of 4 probes, 5 standard errors."""
+@pytest.mark.parametrize(("kind", "m"), [("rademacher", 1), ("rademacher", 4), ("gaussian", 1)])
+def test_hutchinson_is_unbiased_and_its_variance_falls_as_one_over_probes(kind, m, x64):
+    """For N(0, C) the flow integrates u^T J u to u^T M u, M = -log(C) / 2: mean tr M, variance 2 |M|^2 / m, without
+    the diagonal for signs. n = 4000 draws."""
     d, n, schedule = 4, 4000, dj.rectified()
-    mixture = law(d)
-    mixture = Mixture(np.ones(1), np.zeros((1, d)), mixture.variances[:1], mixture.basis[:1])
-    x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 1))
-    denoiser, times = mixtures.denoiser(mixture, schedule), angles(schedule, 12, 1.0, 0.0)
+    variances, basis = law(d).variances[:1], law(d).basis[:1]
+    gaussian = Mixture(np.ones(1), np.zeros((1, d)), variances, basis)
+    x, denoiser = mixtures.draw(np.random.default_rng(1), gaussian, 1), mixtures.denoiser(gaussian, schedule)
+    many, times = jnp.asarray(np.repeat(x, n, axis=0)), grid("rectified", 32)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def run(keys, m):
-        many = jnp.repeat(x, n, axis=0)
+    @jax.jit
+    def run(keys):
         probes = lk.hutchinson_probes(keys, many, m, kind)
         return lk.ode_log_density(denoiser, schedule, many, times, probes=probes).log_density
 
-    m_half = -0.25 * np.einsum("ij,j,kj->ik", mixture.basis[0], np.log(mixture.variances[0]) * 2, mixture.basis[0])
-    square = m_half**2 if kind == "gaussian" else m_half**2 * (1 - np.eye(d))
-    truth = jax.jit(lambda: lk.ode_log_density(denoiser, schedule, x, times).log_density)()
-    np.testing.assert_allclose(truth, exact(mixture, x), rtol=1e-4)
-    for m in (1, 4):
-        values = np.asarray(run(jax.random.split(jax.random.key(m), n), m))
-        within(values, float(truth[0]))
-        within((values - float(truth[0])) ** 2, 2 * square.sum() / m, errors=5)
+    values, truth = np.asarray(run(jax.random.split(jax.random.key(m), n))), exact(gaussian, x)
+    square = (basis[0] @ np.diag(np.log(variances[0]) / 2) @ basis[0].T) ** 2
+    square = square if kind == "gaussian" else square * (1 - np.eye(d))
+    within(values, truth)
+    within((values - truth) ** 2, 2 * square.sum() / m)
 
 
 def test_signs_have_no_error_where_the_jacobian_is_diagonal():
     schedule, x = dj.rectified(), jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
     denoiser = mixtures.denoiser(mixtures.gaussian(np.zeros(5), np.linspace(0.1, 1, 5)), schedule)
     probes = lk.hutchinson_probes(jax.random.key(0), x, 1)
-    run = jax.jit(lambda p: lk.ode_log_density(denoiser, schedule, x, dj.uniform(8), probes=p).log_density)
-    np.testing.assert_allclose(run(probes), run(None), rtol=1e-5)
+    run = jax.jit(lambda p: lk.ode_log_density(denoiser, schedule, x, dj.uniform(32), probes=p).log_density)
+    np.testing.assert_allclose(run(probes), stats.norm(0, np.linspace(0.1, 1, 5) ** 0.5).logpdf(x).sum(1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 6), (2, 3, 2), (2, 3, 2, 1), (2, 1, 3, 2, 1)])
-def test_every_likelihood_takes_every_shape(shape):
+def test_every_likelihood_takes_every_shape():
     """Points, audio, images, video: as if flattened. Here each likelihood runs once, and chunks change nothing."""
     schedule, d = dj.rectified(), 6
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, d)), jnp.float32)
-    flat, key, times = law(d)._replace(basis=None), jax.random.key(0), dj.uniform(4, 1.0, 0.05)
-    deep = flat._replace(means=flat.means.reshape(2, *shape[1:]), variances=flat.variances.reshape(2, *shape[1:]))
-    rule = lk.legendre(3)
+    key, times, rule = jax.random.key(0), dj.uniform(4, 1.0, 0.05), lk.legendre(3)
+    eps = jax.random.normal(key, (2, d))
 
-    def all_of(mixture, x, chunk):
-        denoiser = mixtures.denoiser(mixture, schedule)
-        noise = single(jnp.reshape(jax.random.normal(key, (2, d)), x.shape))
+    def all_of(shape, chunk):
+        y, mixture = jnp.reshape(x, shape), law(d)
+        means, variances = (a.reshape(2, *shape[1:]) for a in mixture[1:3])
+        denoiser = mixtures.denoiser(mixture._replace(means=means, variances=variances, basis=None), schedule)
+        noise = single(jnp.reshape(eps, shape))
         return (
-            lk.ode_log_density(denoiser, schedule, x, times, chunk=chunk).log_density,
-            lk.vlb(key, denoiser, schedule, x, times, noise=noise, chunk=chunk),
-            lk.immse_log_density(key, denoiser, schedule, x, times, rule=rule, noise=noise, chunk=chunk),
-            lk.vdm_bound(jax.random.split(key, 2), denoiser, schedule, x, times, draws=2),
+            lk.ode_log_density(denoiser, schedule, y, times, chunk=chunk).log_density,
+            lk.vlb(key, denoiser, schedule, y, times, noise=noise, chunk=chunk),
+            lk.immse_log_density(key, denoiser, schedule, y, times, rule=rule, noise=noise, chunk=chunk),
         )
 
-    expected = jax.jit(lambda x: all_of(flat, x, 64))(x)
-    got = jax.jit(lambda x: all_of(deep, x, 4))(jnp.reshape(x, shape))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got[:3], expected[:3])
-    assert got[3].shape == expected[3].shape == (2, 2)
+    points, *others = jax.jit(lambda: [all_of((2, 6), 64), all_of((2, 3, 2), 4), all_of((2, 1, 3, 2, 1), 1)])()
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), other, points)
 
 
 def test_bfloat16_examples_keep_a_float32_likelihood():
     schedule, mixture = dj.cosine(), law(4)
     x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 8), jnp.bfloat16)
     denoiser, key = mixtures.denoiser(mixture, schedule), jax.random.key(0)
-    times, noise = dj.logsnr_uniform(16, schedule, 0.99, 0.01)[:-1], lk.frames(1)
+    times, noise = dj.uniform(16, 0.99, 0.01), lk.frames(1)
 
-    def all_of(x):
-        flow = lk.ode_log_density(denoiser, schedule, x, times).log_density
-        bound = lk.vlb(key, denoiser, schedule, x, times, noise=noise).total()
-        draws = lk.vdm_bound(key, denoiser, schedule, x, times, draws=2)
+    @jax.jit
+    def run(x):
         return (
-            flow,
-            bound,
-            draws,
-            lk.immse_log_density(key, denoiser, schedule, x, times, rule=lk.legendre(4), noise=noise),
+            lk.ode_log_density(denoiser, schedule, x, times).log_density,
+            lk.immse_log_density(key, denoiser, schedule, x, times, rule=lk.legendre(16), noise=noise),
         )
 
-    half, full = jax.jit(all_of)(x), jax.jit(all_of)(x.astype(jnp.float32))
-    assert all(value.dtype == jnp.float32 for value in half)
-    for i in (0, 1, 3):
-        np.testing.assert_allclose(half[i], full[i], atol=0.3)
+    values = run(x)
+    assert all(value.dtype == jnp.float32 for value in values)
+    np.testing.assert_allclose(values[0], exact(mixture, x), atol=0.2)
+    np.testing.assert_allclose(values[1], exact(mixture, x), atol=1.0)
 
 
 def test_one_trace_serves_all_values_and_keys_are_per_example():
@@ -266,16 +254,17 @@ def test_one_trace_serves_all_values_and_keys_are_per_example():
         return (
             lk.ode_log_density(denoiser, schedule, x, times, probes=probes).log_density,
             lk.vlb(keys, denoiser, schedule, x, times, noise=lk.frames(1)).total(),
-            lk.vlb(keys, denoiser, schedule, x, times, noise=lk.antithetic(2)).total(),
             jnp.sum(lk.vdm_bound(keys, denoiser, schedule, x, times, draws=2), axis=0),
             lk.dequantised_bound(keys, lk.uniform_dequantiser(0.1), lambda y: jnp.sum(y, axis=1), x, 2)[0],
+            lk.antithetic(1)(keys, x)[0][0, :, 0],
         )
 
     first = run(keys, x, dj.uniform(4, 1.0, 0.1))
     run(jax.random.split(jax.random.key(1), 4), 2 * x, dj.uniform(4, 0.9, 0.2))
     assert len(traces) == 1
-    alone = run(keys[2:3], x[2:3], dj.uniform(4, 1.0, 0.1))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[2:3], rtol=1e-5), alone, first)
+    others = run(keys.at[2:].set(keys[0]), x.at[2:].multiply(3), dj.uniform(4, 1.0, 0.1))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:2], b[:2]), others, first)
+    assert all(np.all(a[2:] != b[2:]) for a, b in zip(others, first, strict=True))
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -290,9 +279,8 @@ def test_frames_have_the_moments_of_the_normal_law(d, x64):
     mean = functools.partial(np.einsum, "m,m...->...", weight)
     np.testing.assert_allclose(weight.sum(), 1, rtol=1e-12)
     np.testing.assert_allclose(mean(eps), 0, atol=1e-12)
-    np.testing.assert_allclose(
-        mean(eps[..., None] * eps[..., None, :]), np.broadcast_to(np.eye(d), (4000, d, d)), atol=1e-12
-    )
+    identity = np.broadcast_to(np.eye(d), (4000, d, d))
+    np.testing.assert_allclose(mean(eps[..., None] * eps[..., None, :]), identity, atol=1e-12)
     np.testing.assert_allclose(mean(eps**3), 0, atol=1e-12)
     square = (eps**2).sum(-1)
     np.testing.assert_allclose(mean(square**2), d * (d + 2), rtol=1e-12)
@@ -321,7 +309,16 @@ def gaussian_error(l_t, x, v):
     return ((snr * v * keep) ** 2 + snr * (keep * x) ** 2).sum(1)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+def gaussian_bound(l_T, l_0, x, v):
+    """Eq. (4) with (6) and the Gaussian decoder, for data N(0, v): f64[b]."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    levels = (l_0 - l_T) / 2 * nodes + (l_0 + l_T) / 2
+    integral = (l_0 - l_T) / 4 * sum(w * gaussian_error(value, x, v) for w, value in zip(weights, levels, strict=True))
+    end = 0.5 * gaussian_error(l_0, x, v) + 0.5 * x.shape[1] * (np.log(2 * np.pi) - l_0)
+    return 0.5 * np.exp(l_T) * (x**2).sum(1) + integral + end
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "edm"])
 def test_terms_of_gaussian_data_are_the_closed_form(name, x64):
     """Eq. (5): (SNR_s / SNR_t - 1) / 2 E|eps_hat - eps|^2; with random frames, which have no error here."""
     schedule, v = SCHEDULES[name][0], np.array([0.2, 0.7, 1.5])
@@ -344,7 +341,7 @@ def test_a_term_is_the_divergence_of_two_gaussians(learned, x64):
     """For any denoiser and one eps, from q_posterior and variance_bounds; and it is that of `variational_term`."""
     schedule, table = dj.vp_linear(), 20
     rng = np.random.default_rng(0)
-    x0, eps, fraction = rng.uniform(-1, 1, (3, 2)), rng.standard_normal((3, 2)), rng.uniform(0, 1, (3, 2))
+    x0, eps, fraction = rng.integers(0, 256, (3, 2)) / 127.5 - 1, rng.standard_normal((3, 2)), rng.uniform(0, 1, (3, 2))
 
     def denoiser(x, t, cond=None):
         prediction = dj.from_x0(schedule, x, t, jnp.sin(3 * x))
@@ -372,41 +369,37 @@ def test_bound_is_above_and_its_gap_is_of_first_order(x64):
     """A mixture in two dimensions, expectations by quadrature, 20 points; without the decoder's gap of about 1e-6."""
     schedule, mixture = dj.cosine(0.0), law(2)
     x = mixtures.draw(np.random.default_rng(1), mixture, 20)
-    denoiser, ends = mixtures.denoiser(mixture, schedule), jnp.asarray([9.0, -9.0])
+    denoiser, key = mixtures.denoiser(mixture, schedule), jax.random.key(0)
 
     def gap(n):
-        times = inverse_logsnr(schedule, jnp.linspace(*ends[::-1], n + 1), 0.0, 1.0)
-        key = jax.random.key(0)
+        times = cosine_times(np.linspace(-9, 9, n + 1))
         bound = jax.jit(lambda x: lk.vlb(key, denoiser, schedule, x, times, noise=hermite(16)).total())(jnp.asarray(x))
         return np.asarray(bound + exact(mixture, x))
 
-    gaps = np.stack([gap(n) for n in (64, 128, 256)])
-    orders = np.log2(gaps.mean(1)[:-1] / gaps.mean(1)[1:])
-    print(f"gaps {gaps.mean(1)}, orders {orders}")
-    assert np.all(gaps > 0)
-    assert abs(orders[-1] - 1) < 0.1
-    limit = (8 * gaps[2] - 6 * gaps[1] + gaps[0]) / 3
-    np.testing.assert_allclose(limit, 0, atol=2e-3)
+    coarse, fine = gap(150), gap(300)
+    print(f"gaps {coarse.mean()} and {fine.mean()}")
+    assert np.all(coarse > fine) and np.all(fine > 0)
+    assert abs(np.log2(coarse.mean() / fine.mean()) - 1) < 0.1
+    assert np.all(np.abs(2 * fine - coarse) < 0.05 * coarse)  # and so tends to 0
 
 
-@pytest.mark.parametrize("n", [3, 50])
-def test_bound_has_no_gap_with_the_true_reverse_variance(n, x64):
-    """For Gaussian data q(x_s | x_t) is Gaussian: with its variance the bound is -log p for any number of steps.
+def test_bound_has_no_gap_with_the_true_reverse_variance(x64):
+    """For Gaussian data q(x_s | x_t) is Gaussian: with its variance the bound is -log p in 5 steps, of any length.
 
-    From no signal to sigma / alpha = 1e-3, where the decoder's own gap is below 1e-9.
+    For each point, from no signal to sigma / alpha = 1e-3, where the decoder's own gap is below 1e-10.
     """
-    schedule, v = dj.cosine(0.0), np.array([0.3, 2.0])
-    end = float(inverse_logsnr(schedule, jnp.asarray(2 * np.log(1e3)), 0.0, 1.0))
+    schedule, v, n = dj.cosine(0.0), np.array([0.3, 2.0]), 5
+    end = float(cosine_times(2 * np.log(1e3)))
     times, step = jnp.linspace(1.0, end, n + 1), (1.0 - end) / n
     gaussian = mixtures.gaussian(np.zeros(2), v)
     denoiser = mixtures.denoiser(gaussian, schedule, next_time=lambda t: jnp.maximum(t - step, end))
-    x = mixtures.draw(np.random.default_rng(1), gaussian, 500)
+    x = mixtures.draw(np.random.default_rng(1), gaussian, 5)
 
     @jax.jit
     def run(x):
         return lk.vlb(jax.random.key(0), denoiser, schedule, x, times, noise=lk.frames(1)).total()
 
-    within(np.asarray(run(jnp.asarray(x))) + stats.norm(0, np.sqrt(v)).logpdf(x).sum(1), 0.0)
+    np.testing.assert_allclose(run(jnp.asarray(x)), -stats.norm(0, np.sqrt(v)).logpdf(x).sum(1), rtol=1e-9)
 
 
 def digital():
@@ -421,7 +414,7 @@ def test_bound_of_8_bit_data_tends_to_its_probability(x64):
     x, denoiser = jnp.asarray(levels)[:, None], mixtures.denoiser(mixture, schedule)
     gaps = []
     for n in (200, 400):
-        times = inverse_logsnr(schedule, jnp.linspace(-14.0, 14.0, n + 1), 0.0, 1.0)
+        times = cosine_times(np.linspace(-14, 14, n + 1))
         given = {"noise": hermite(60), "decoder": discretized_log_likelihood}
         terms = jax.jit(lambda x, times=times, g=given: lk.vlb(jax.random.key(0), denoiser, schedule, x, times, **g))(x)
         np.testing.assert_allclose(terms.reconstruction, 0, atol=1e-3)
@@ -453,7 +446,7 @@ def vdm_moments(eta):
 
     def loss(t, eps):
         denoiser = mixtures.denoiser(mixture, schedule)
-        return lk.vdm_loss(denoiser, schedule, x0, jnp.full(2, t), eps, low=0.0, high=1.0)
+        return lk.vdm_loss(denoiser, schedule, x0, jnp.full(2, t), eps)
 
     values = jnp.mean(jax.vmap(lambda t: jax.vmap(lambda e: loss(t, e))(eps))(t), axis=-1)
     return w_t @ values @ w_eps, w_t @ values**2 @ w_eps
@@ -477,27 +470,18 @@ def test_reverse_gradient_reaches_a_learned_schedule():
     @jax.grad
     def gradient(eta):
         denoiser = mixtures.denoiser(mixture, curved(eta))
-        return jnp.mean(lk.vdm_loss(denoiser, curved(eta), x0, t[:, 0], eps, low=0.0, high=1.0) ** 2)
+        return jnp.mean(lk.vdm_loss(denoiser, curved(eta), x0, t[:, 0], eps) ** 2)
 
     assert np.isfinite(gradient(0.1)) and gradient(0.1) != 0
 
 
-@pytest.mark.parametrize("decoder", [None, discretized_log_likelihood])
-def test_draws_of_the_continuous_bound_are_unbiased(decoder):
-    """Gaussian data: prior, integral and decoder in closed form; n = 20000 draws for each of three points."""
+def test_draws_of_the_continuous_bound_are_unbiased():
+    """Gaussian data, in closed form; n = 20000 draws for each of three points."""
     schedule, v, ends = curved(0.0), np.array([0.3]), jnp.asarray([1.0, 0.0])
-    denoiser = mixtures.denoiser(mixtures.gaussian(np.zeros(1), v), schedule)
-    x = np.round((np.array([[0.2], [-0.9], [0.6]]) + 1) * 127.5) / 127.5 - 1
-    l_T, l_0 = (float(logsnr(schedule, t)) for t in ends)
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    levels = (l_0 - l_T) / 2 * nodes + (l_0 + l_T) / 2
-    integral = (l_0 - l_T) / 4 * sum(w * gaussian_error(value, x, v) for w, value in zip(weights, levels, strict=True))
-    terms = functools.partial(lk.vlb, jax.random.key(0), denoiser, schedule, jnp.asarray(x, jnp.float32), ends)
-    end = jax.jit(lambda: terms(noise=hermite(60), decoder=decoder).reconstruction)()
-    draws = jax.jit(
-        lambda x: lk.vdm_bound(jax.random.key(1), denoiser, schedule, x, ends, draws=20_000, decoder=decoder)
-    )(jnp.asarray(x, jnp.float32))
-    within(draws, 0.5 * np.exp(l_T) * x[:, 0] ** 2 + integral + np.asarray(end))
+    denoiser, x = mixtures.denoiser(mixtures.gaussian(np.zeros(1), v), schedule), np.array([[0.2], [-0.9], [0.6]])
+    x32 = jnp.asarray(x, jnp.float32)
+    draws = jax.jit(lambda x: lk.vdm_bound(jax.random.key(1), denoiser, schedule, x, ends, draws=20_000))(x32)
+    within(draws, gaussian_bound(*(float(logsnr(schedule, t)) for t in ends), x, v))
 
 
 # --- I-MMSE -----------------------------------------------------------------------------------------------------------
@@ -522,17 +506,17 @@ def test_immse_is_exact_point_by_point_and_second_order_in_its_ends(x64):
 
 
 def test_importance_sampled_immse_is_unbiased(x64):
-    """Over n = 400 stratified draws of 4 levels, against the quadrature; frames have no error for Gaussian data."""
+    """Over n = 400 stratified draws of 4 levels, against (6) and (4) in closed form; frames have no error here."""
     schedule, v = dj.vp_linear(), np.array([0.2, 0.7])
-    x, times = jnp.asarray([[0.3, -0.5], [1.0, 0.2]]), jnp.asarray([1.0, 0.02])
+    x, times = np.array([[0.3, -0.5], [1.0, 0.2]]), jnp.asarray([1.0, 0.02])
     denoiser = mixtures.denoiser(mixtures.gaussian(np.zeros(2), v), schedule)
 
-    def run(rule):
-        return lk.immse_log_density(jax.random.key(0), denoiser, schedule, x, times, rule=rule, noise=lk.frames(1))
+    def run(key):
+        rule, noise = lk.stratified(key, 4), lk.frames(1)
+        return lk.immse_log_density(key, denoiser, schedule, jnp.asarray(x), times, rule=rule, noise=noise)
 
-    keys = jax.random.split(jax.random.key(1), 400)
-    truth = jax.jit(lambda: run(lk.legendre(40)))()
-    within(jax.jit(lambda keys: jax.lax.map(lambda k: run(lk.stratified(k, 4)), keys))(keys), np.asarray(truth))
+    values = jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(jax.random.key(1), 400))
+    within(-values, gaussian_bound(*np.asarray(logsnr(schedule, times)), x, v))
 
 
 def test_a_wrong_denoiser_can_only_lower_it(x64):
@@ -570,7 +554,7 @@ def test_error_bars_are_the_spread_of_repeated_experiments():
 
 
 def test_dequantisation_bounds_the_probability_of_a_bin(x64):
-    """A mixture on the line in bins of width 1/2. Uniform: the gap is KL(uniform || p(y | x)); exact: no draw has one."""
+    """A mixture on the line in bins of width 1/2. Uniform: the gap is KL(q || p(y | x)); exact: no draw has one."""
     w, mean, std, width = np.array([0.4, 0.6]), np.array([-0.5, 0.8]), np.array([0.2, 0.4]), 0.5
     x = np.arange(-4, 5)[:, None] * width
 
@@ -607,13 +591,13 @@ def test_dequantisation_bounds_the_probability_of_a_bin(x64):
 # --- all together, and bad input --------------------------------------------------------------------------------------
 
 
-def test_flow_bound_and_immse_agree():
-    """The triangle in 8 dimensions, float32; in 64 it is `conformance.likelihood`. One point in three ways."""
+def test_flow_and_immse_agree():
+    """The triangle in 8 dimensions, float32; in 64 it is `conformance.likelihood`."""
     schedule, mixture = dj.vp_linear(), law(8)
     x = mixtures.draw(np.random.default_rng(1), mixture, 4).astype(np.float32)
     denoiser = mixtures.denoiser(mixture, schedule)
     end = float(inverse_logsnr(schedule, jnp.asarray(8.0), 0.0, 1.0))
-    flow = jax.jit(lambda x: lk.ode_log_density(denoiser, schedule, x, angles(schedule, 32, 1.0, 0.0)).log_density)
+    flow = jax.jit(lambda x: lk.ode_log_density(denoiser, schedule, x, grid("vp_linear", 32)).log_density)
     times, noise = jnp.asarray([1.0, end]), lk.frames(64)
     immse = jax.jit(
         lambda k, x: lk.immse_log_density(k, denoiser, schedule, x, times, rule=lk.legendre(16), noise=noise)
@@ -623,8 +607,6 @@ def test_flow_bound_and_immse_agree():
     integrals = np.stack([immse(jax.random.key(i), x) for i in range(6)]) / 8
     print(f"standard error {integrals.std(0, ddof=1) / np.sqrt(6)}")
     np.testing.assert_allclose(integrals.mean(0), truth, atol=3e-4)
-    draws = jax.jit(lambda x: lk.vdm_bound(jax.random.key(0), denoiser, schedule, x, times, draws=4000))(x)
-    within(draws / 8, -truth)
 
 
 X = jnp.ones((2, 3))

@@ -282,6 +282,17 @@ def test_shifted_is_a_shift_of_time_or_of_parameters(x64):
     np.testing.assert_allclose((end.alpha[-1], end.sigma[-1]), (-np.pi / 2 / f, 0), atol=1e-12)
 
 
+def test_shifted_rates_at_the_ends_where_they_are_infinite(x64):
+    """d(alpha) is multiplied by f^2 at clean data, d(sigma) divided by it at noise; what was infinite still is."""
+    f = 3.0
+    for schedule, t, finite, factor in ((dj.cosine(), 0.0, "alpha", f**2), (sigmoid(), 1.0, "sigma", f**-2)):
+        rates = jax.jit(lambda t, s=schedule: (dj.rates(s, t), dj.rates(shifted(s, f), t)))
+        old, new = (a._asdict() for a in rates(jnp.asarray(t)))
+        infinite = "sigma" if finite == "alpha" else "alpha"
+        assert float(new[finite]) == pytest.approx(factor * float(old[finite]), rel=1e-9)
+        assert np.isinf(old[infinite]) and float(new[infinite]) == float(old[infinite])
+
+
 def test_learned_falls_between_its_ends_and_has_gradients(x64):
     """For any parameters; the gradient is that of finite differences, also through `shifted` under jit."""
     t = jnp.linspace(0.0, 1.0, 201)
@@ -359,6 +370,18 @@ def test_rates_of_the_trigonometric_schedule_at_clean_data(x64):
     rate = dj.rates(dj.cosine(0.0), jnp.asarray(0.0))
     assert float(rate.alpha) == pytest.approx(0, abs=1e-15)
     assert float(rate.sigma) == pytest.approx(np.pi / 2, rel=1e-12)
+
+
+def test_inverse_logsnr_has_the_derivative_of_the_inverse(x64):
+    """t = 1 / (1 + exp(l / 2)) for the straight line; and in parameters, d t = -d l / l'."""
+    value = jnp.linspace(-5.0, 5.0, 7)
+    t, rate = jax.jvp(lambda v: dj.inverse_logsnr(dj.rectified(), v, 0.0, 1.0), (value,), (jnp.ones(7),))
+    np.testing.assert_allclose(t, 1 / (1 + np.exp(value / 2)), rtol=1e-12)
+    np.testing.assert_allclose(rate, -t * (1 - t) / 2, rtol=1e-9)
+    moved = jax.jacfwd(lambda f: dj.inverse_logsnr(shifted(dj.rectified(), f), value, 0.0, 1.0))(2.0)
+    np.testing.assert_allclose(moved, -np.exp(value / 2) / (1 + 2 * np.exp(value / 2)) ** 2, rtol=1e-9)
+    outside = jax.grad(lambda v: dj.inverse_logsnr(dj.ve(), v, 0.0, 1.0))(100.0)
+    assert float(outside) == 0
 
 
 def test_inverse_logsnr_without_a_solution_gives_the_nearer_end():

@@ -79,11 +79,11 @@ def test_the_small_variance_and_an_end_above_zero():
     law = mixtures.gaussian(np.full(2, 0.7), np.zeros(2))
     twist = inverse.gaussian_twist(schedule, operators.identity(), jnp.ones((1, 2)), 0.5)
 
-    def run(times, large):
+    def run(times):
         x = jax.random.normal(KEY, (50, 2))
-        return inverse.twisted_smc(KEY, mixtures.denoiser(law, schedule), schedule, twist, x, times, large=large)
+        return inverse.twisted_smc(KEY, mixtures.denoiser(law, schedule), schedule, twist, x, times, variance="small")
 
-    small, early = jax.jit(lambda: [run(jnp.linspace(1.0, end, 9), False) for end in (0.0, 1e-4)])()
+    small, early = jax.jit(lambda: [run(jnp.linspace(1.0, end, 9)) for end in (0.0, 1e-4)])()
     want = -np.log(2 * np.pi * 0.25) - 0.5 * 2 * (0.3 / 0.5) ** 2  # N(1; 0.7, 0.25) twice
     np.testing.assert_allclose(small.x, 0.7, atol=1e-5)
     np.testing.assert_allclose(small.log_evidence, want, rtol=1e-4)
@@ -187,5 +187,7 @@ def test_bad_input():
         smc(KEY, twist=zero, x=x, times=jnp.ones(()))
     with pytest.raises(ValueError, match="gaussian_twist: y has shape"):
         smc(KEY, twist=inverse.gaussian_twist(schedule, phase, x, 0.1), x=x, times=times)
+    with pytest.raises(ValueError, match="'small' or 'large', got 'medium'"):
+        smc(KEY, twist=zero, x=x, times=times, variance="medium")
     with pytest.raises(ValueError, match="sigma_y must be positive, got 0.0"):
         inverse.gaussian_twist(schedule, phase, x, 0.0)
