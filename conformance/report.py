@@ -46,10 +46,11 @@ COLUMNS = f"""
   three of {DOUBLINGS[0]}, {DOUBLINGS[1]}, ... {DOUBLINGS[-1]} steps whose error is above 1e-11, extrapolated to
   infinitely many steps: 2 p(n) - p(n / 2). It has to be within 0.1 of theory; from the third order on, at least theory
   less 0.2.
-- Where: {_PLACES}, on the grid t_i = high - (high - low) (i / n)^2.
-  So neighbouring steps differ in length, and the first one has length O(n^-2): the low order in which a multistep
-  method starts is not what is seen. On equal steps, from a time at which the flow is already curved, such a method
-  falls back to the order of its start.
+- It is measured on
+  {_PLACES},
+  on the grid t_i = high - (high - low) (i / n)^2: neighbouring steps differ in length, and the first one has length
+  O(n^-2), so that the low order in which a multistep method starts is not what is seen. On equal steps, from a time at
+  which the flow is already curved, such a method falls back to the order of its start.
 - **evaluations**: of the denoiser in a step in the middle of the grid, counted as they ran. **for 1e-2, 1e-3**: the
   fewest in all, over {COUNTS[0]} to {COUNTS[-1]} steps of the problem's own grid, that bring the error below that part
   of the data's standard deviation; the error on the mixture for a deterministic sampler, on Gaussians for a random one,
@@ -58,8 +59,8 @@ COLUMNS = f"""
   {_SETS}, after the stated number of steps (about {STEPS} evaluations, a quarter where the order is two or more).
   Errors of mean and covariance, relative to the law's own; p-values of Kolmogorov and Smirnov's test (in 64-D on eight
   directions) and of the maximum mean discrepancy over 128 random Fourier features, whose null distribution is known.
-  Mean and covariance are tested too. Each p is corrected for these four tests (Bonferroni) and has to exceed {LEVEL};
-  if one does not, all is drawn anew with another key, once, and that counts. "exact" is what exact draws give.
+  Mean and covariance are tested too. Each p of these four has to exceed {LEVEL} = 0.01 / 4; if one does not, all
+  is drawn anew with another key, once, and that counts. "exact" is what exact draws give.
 - **traces**: how often JAX traced one jitted step in a loop over two grids with two keys. More than 1 recompiles.
 - **holds**: whether all was measured that theory, and the entry in `conformance/table.py`, claim.
 """
@@ -96,7 +97,7 @@ def sampler_cells(row: Row) -> dict[str, str]:
         "traces": number(row.get("traces")),
     }
     for name, law in row.get("laws", {}).items():
-        cells[f"{name} steps"] = str(law["steps"])
+        cells[f"{name} steps"] = str(law["steps"] or "-")
         cells[f"{name} mean, covariance"] = f"{law['mean_error']:.3f}, {law['covariance_error']:.3f}"
         cells[f"{name} p: KS, MMD"] = f"{number(law['ks'])}, {number(law['mmd'])}"
     return cells | {"holds": "**no**: " + "; ".join(row["misses"]) if row["misses"] else "yes"}
@@ -105,7 +106,7 @@ def sampler_cells(row: Row) -> dict[str, str]:
 def markdown(rows: list[dict[str, str]]) -> str:
     """A Markdown table with the columns of all rows, padded so that it can be read as text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, *([row.get(name, "-") for name in names] for row in rows)]
+    lines = [names, *([row.get(name, "-").replace("|", "\\|") for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)

@@ -19,7 +19,20 @@ from diffusion_jax.arguments import Count, Natural, closest, describe, resolve, 
 from diffusion_jax.typing import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-SamplerName = Literal["default", "ddpm", "ddpm_large", "ancestral", "ddim", "euler", "heun", "dpmpp_2m"]
+SamplerName = Literal[
+    "default",
+    "ddpm",
+    "ddpm_large",
+    "ancestral",
+    "ddim",
+    "euler",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "deis",
+]
 
 
 def run_options(*, run: str = "", runs: str = "runs", devices: Count | None = None, split: bool = False) -> dict:

@@ -281,8 +281,8 @@ def immse_log_density(
 
     `rule` is for u: `legendre(n)` for a quadrature, `stratified(key, n)` for importance sampling with logistic l. Past
     times[0] the integral is the prior's divergence, and past times[-1] E - d falls as 1 / SNR: this leaves out what is
-    of second order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that. `noise`
-    and `chunk` as in `vlb`.
+    of second order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that.
+    `noise` and `chunk` are as in `vlb`.
     """
     times = _check_times("immse_log_density", times)[jnp.asarray([0, -1])]
     (u, weight), (first, last), d = rule, logsnr(schedule, times), math.prod(x0.shape[1:])

@@ -42,6 +42,23 @@ def test_baoab_has_the_right_law_of_x_and_not_of_v():
     assert within(v, 1 - h**2 / (4 * VARIANCE)) and not within(v, np.ones(3))
 
 
+def test_baoab_is_its_five_parts():
+    """Two steps in NumPy: B, A, O, A, B, with c = e^(-friction h); the first velocity comes from fold_in(key, n)."""
+    h, friction, score = 0.4, 0.7, lambda x: jnp.sin(x)
+    with jax.enable_x64(True):
+        start = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)))
+        got = jax.jit(lambda x: underdamped_langevin(KEY, score, x, h, 2, friction))(start)
+        z = [np.asarray(dj.normal_like(dj.fold(KEY, i), start)) for i in range(3)]
+    x, v, c = np.asarray(start), z[2], np.exp(-friction * h)
+    for i in range(2):
+        v = v + h / 2 * np.sin(x)
+        x = x + h / 2 * v
+        v = c * v + np.sqrt(1 - c**2) * z[i]
+        x = x + h / 2 * v
+        v = v + h / 2 * np.sin(x)
+    np.testing.assert_allclose(got, (x, v), rtol=1e-12)
+
+
 @pytest.mark.parametrize("move", [langevin_dynamics, lambda *a: underdamped_langevin(*a)[0]])
 def test_any_score_function_and_one_key_per_example(move):
     """A mixture's own score, images, bfloat16; example i is the same in any batch."""
@@ -80,8 +97,8 @@ def test_annealed_langevin_follows_the_levels_while_they_are_like_the_data():
     run_law(dj.langevin(dj.ve(0.05, 10.0), 0.15, 100), "ve_noisy", steps=60, index=-2)
 
 
-def test_langevin_keeps_the_law_of_its_time():
-    """In two dimensions, but for the finite step, which raises V to V / (1 - e / 2 V)."""
+def test_langevin_has_the_right_law_in_two_dimensions():
+    """That of its time, but for the finite step, which raises V to V / (1 - e / 2 V)."""
     schedule, t = dj.ve(0.05, 10.0), 0.3
     sigma, variance = float(schedule(jnp.asarray(t)).sigma), np.array([0.3, 2.0])
     total, e = variance + sigma**2, 2 * (0.16 * sigma) ** 2

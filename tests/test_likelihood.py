@@ -253,10 +253,10 @@ def test_one_trace_serves_all_values_and_keys_are_per_example():
         probes = lk.hutchinson_probes(keys, x, 2)
         return (
             lk.ode_log_density(denoiser, schedule, x, times, probes=probes).log_density,
-            lk.vlb(keys, denoiser, schedule, x, times, noise=lk.frames(1)).total(),
+            lk.vlb(keys, denoiser, schedule, x, times, noise=lk.antithetic(1)).total(),
             jnp.sum(lk.vdm_bound(keys, denoiser, schedule, x, times, draws=2), axis=0),
             lk.dequantised_bound(keys, lk.uniform_dequantiser(0.1), lambda y: jnp.sum(y, axis=1), x, 2)[0],
-            lk.antithetic(1)(keys, x)[0][0, :, 0],
+            lk.frames(1)(keys, x)[0][0, :, 0],
         )
 
     first = run(keys, x, dj.uniform(4, 1.0, 0.1))
@@ -270,16 +270,16 @@ def test_one_trace_serves_all_values_and_keys_are_per_example():
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("d", [1, 4])
 def test_frames_have_the_moments_of_the_normal_law(d, x64):
-    """Exactly: mean, covariance, odd moments, |eps|^4 and |eps|^6. On average, over n = 4000: a fourth moment, 3."""
-    x0 = jnp.zeros((4000, d))
+    """Exactly: mean, covariance, odd moments, |eps|^4 and |eps|^6. On average, over n = 2000: a fourth moment, 3."""
+    x0 = jnp.zeros((2000, d))
     eps, weight = (np.asarray(a) for a in jax.jit(lk.frames(2))(jax.random.key(0), x0))
-    assert eps.shape == (8 * d, 4000, d)
+    assert eps.shape == (8 * d, 2000, d)
     mean = functools.partial(np.einsum, "m,m...->...", weight)
     np.testing.assert_allclose(weight.sum(), 1, rtol=1e-12)
     np.testing.assert_allclose(mean(eps), 0, atol=1e-12)
-    identity = np.broadcast_to(np.eye(d), (4000, d, d))
+    identity = np.broadcast_to(np.eye(d), (2000, d, d))
     np.testing.assert_allclose(mean(eps[..., None] * eps[..., None, :]), identity, atol=1e-12)
     np.testing.assert_allclose(mean(eps**3), 0, atol=1e-12)
     square = (eps**2).sum(-1)
@@ -336,16 +336,14 @@ def test_terms_of_gaussian_data_are_the_closed_form(name, x64):
     np.testing.assert_allclose(terms.reconstruction, end, rtol=1e-9)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_term_is_the_divergence_of_two_gaussians(learned, x64):
+def test_a_term_is_the_divergence_of_two_gaussians(x64):
     """For any denoiser and one eps, from q_posterior and variance_bounds; and it is that of `variational_term`."""
     schedule, table = dj.vp_linear(), 20
     rng = np.random.default_rng(0)
     x0, eps, fraction = rng.integers(0, 256, (3, 2)) / 127.5 - 1, rng.standard_normal((3, 2)), rng.uniform(0, 1, (3, 2))
 
     def denoiser(x, t, cond=None):
-        prediction = dj.from_x0(schedule, x, t, jnp.sin(3 * x))
-        return prediction._replace(variance_fraction=jnp.asarray(fraction)) if learned else prediction
+        return dj.from_x0(schedule, x, t, jnp.sin(3 * x))._replace(variance_fraction=jnp.asarray(fraction))
 
     times, noise = jnp.asarray([12, 11, 7]) / table, single(jnp.asarray(eps))
     got = jax.jit(
@@ -357,10 +355,10 @@ def test_a_term_is_the_divergence_of_two_gaussians(learned, x64):
         mean, variance = q_posterior(schedule, x_t, jnp.asarray(x0), t, s)
         guess = q_posterior(schedule, x_t, prediction.x0, t, s)[0]
         low, high = variance_bounds(schedule, t, s)
-        p = np.exp(fraction * float(high) + (1 - fraction) * float(low)) if learned else float(variance)
+        p = np.exp(fraction * float(high) + (1 - fraction) * float(low))
         kl = 0.5 * (np.log(p / float(variance)) + (float(variance) + (mean - guess) ** 2) / p - 1)
         np.testing.assert_allclose(got[i], kl.sum(1), rtol=1e-9)
-        if learned and i == 0:
+        if i == 0:
             bits = variational_term(prediction, schedule, jnp.asarray(x0), x_t, jnp.full(3, t), table=table)
             np.testing.assert_allclose(got[i], bits * 2 * np.log(2), rtol=1e-9)
 

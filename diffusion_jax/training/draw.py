@@ -29,6 +29,10 @@ SAMPLERS: dict[str, Callable[[Schedule], Sampler]] = {
     "euler": samplers.euler,
     "heun": samplers.heun,
     "dpmpp_2m": samplers.dpmpp_2m,
+    "dpmpp_3m": samplers.dpmpp_3m,
+    "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
+    "unipc": samplers.unipc,
+    "deis": samplers.deis,
 }
 
 
