@@ -142,8 +142,8 @@ def trajectories(folder: Path, paths: dict[str, np.ndarray]) -> str:
     save(figure, folder, "trajectories.png")
     return (
         "Sixteen examples from noise to data (dots) by each sampler in only eight steps, with the exact denoiser of a "
-        "ring of eight Gaussians (grey) on the VP schedule. Blue follows the probability flow, whose exact ends are the "
-        "green circles; red adds noise, and the paths of five examples are drawn."
+        "ring of eight Gaussians (grey) on the VP schedule. Blue follows the probability flow, whose exact ends are "
+        "the green circles; red adds noise, and the paths of five examples are drawn."
     )
 
 

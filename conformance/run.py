@@ -6,7 +6,8 @@ Beside `__main__`, because a worker that is spawned can import functions from an
 from __future__ import annotations
 
 import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from conformance import gallery, likelihood, posterior, samplers
 from conformance.table import SAMPLERS
+
+LIMIT = 1800.0  # seconds after which it gives up, where a shared machine takes 300
 
 
 def measure_sampler(name: str) -> tuple[dict[str, Any], Any]:
@@ -25,27 +28,28 @@ def measure_sampler(name: str) -> tuple[dict[str, Any], Any]:
 def measure_all(folder: Path, workers: int = 2) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Results, paths of the samplers, captions of the pictures: everything, the longest first, in worker processes."""
     parts = [posterior.ROWS[i : i + 6] for i in range(0, len(posterior.ROWS), 6)]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        triangle = pool.submit(likelihood.measure)
-        inverse = [pool.submit(posterior.measure, part) for part in parts]
-        rows = {name: pool.submit(measure_sampler, name) for name in SAMPLERS}
-        floor = pool.submit(samplers.measure_floor)
-        pictures = {name: pool.submit(draw, folder) for name, draw in gallery.PICTURES.items()}
-        wait([triangle, *inverse, *rows.values(), floor, *pictures.values()], pool)
-    measured = {name: future.result() for name, future in rows.items()}
+    jobs: dict[tuple[str, Any], tuple[Callable[..., Any], Any]] = {("likelihood", 0): (likelihood.measure, ())}
+    jobs |= {("posterior", i): (posterior.measure, (part,)) for i, part in enumerate(parts)}
+    jobs |= {("sampler", name): (measure_sampler, (name,)) for name in SAMPLERS}
+    jobs |= {("picture", name): (draw, (folder,)) for name, draw in gallery.PICTURES.items()}
+    done = run(jobs | {("floor", 0): (samplers.measure_floor, ())}, workers)
+    measured = {name: done["sampler", name] for name in SAMPLERS}
     results = {
         "samplers": [row for row, _ in measured.values()],
-        "floor": floor.result(),
-        "likelihood": triangle.result(),
-        "posterior": [row for part in inverse for row in part.result()],
+        "floor": done["floor", 0],
+        "likelihood": done["likelihood", 0],
+        "posterior": [row for i in range(len(parts)) for row in done["posterior", i]],
     }
     paths = {name: path for name, (_, path) in measured.items() if path is not None}
-    return results, paths, {name: future.result() for name, future in pictures.items()}
+    return results, paths, {name: done["picture", name] for name in gallery.PICTURES}
 
 
-def wait(futures: list[Future], pool: ProcessPoolExecutor) -> None:
-    """Show progress until all are done; the first error ends it."""
-    for future in tqdm(as_completed(futures), total=len(futures), unit="measure"):
-        if future.exception():
-            pool.shutdown(wait=False, cancel_futures=True)
-            future.result()
+def run(jobs: dict[Any, tuple[Callable[..., Any], Any]], workers: int) -> dict[Any, Any]:
+    """The result of each job. The first error, or `LIMIT`, stops the workers and is raised."""
+    end = time.monotonic() + LIMIT
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, tqdm(total=len(jobs), unit="measure") as bar:
+        waiting = {
+            name: pool.apply_async(function, arguments, callback=lambda _: bar.update())
+            for name, (function, arguments) in jobs.items()
+        }
+        return {name: result.get(max(end - time.monotonic(), 0)) for name, result in waiting.items()}

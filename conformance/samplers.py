@@ -11,7 +11,8 @@ sampler is affine in where it starts and in the normal noise it is given,
     x_0 = c + A x_T + sum_i B_i z_i                                                          (2)
 
 so that, with one example of a batch for each coefficient, mean c + A E[x_T] and variance A^2 Var x_T + sum_i B_i^2 of a
-random sampler follow without any drawing: its error is the Wasserstein-2 distance of two Gaussians.
+random sampler follow without any drawing, each call of its `noise` being a draw of its own. Its error is the
+Wasserstein-2 distance of two Gaussians.
 
 The law of n float32 examples is compared with a mixture's by the mean, the covariance, Kolmogorov and Smirnov's
 distance on projections, and the maximum mean discrepancy over m random Fourier features (Rahimi & Recht 2007)
@@ -106,6 +107,7 @@ def exact(mixture: Mixture, schedule: Schedule) -> Denoiser:
 
 @functools.cache
 def fine_grid(problem: str) -> np.ndarray:
+    """4096 steps of a problem's grid."""
     return np.asarray(PROBLEMS[problem].grid(4096), np.float64)
 
 
@@ -426,5 +428,5 @@ def measure(name: str, entry: Entry | None = None) -> dict[str, Any]:
         row |= {"traces": count_traces(entry), "laws": {k: measure_law(entry, k) for k in EXAMPLES}}
         row["misses"] = misses(entry, row)
     except Exception as error:  # a sampler that cannot run is a row of the table as well
-        row["misses"] = [f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"]
+        row["misses"] = [f"{type(error).__name__}: {str(error)[:100].partition(chr(10))[0]}"]
     return row | {"seconds": round(time.perf_counter() - start, 1)}

@@ -39,7 +39,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax.forward import q_posterior, q_sample, renoise, transition
 from diffusion_jax.operators import Missing, Operator, masking
-from diffusion_jax.ops import bcast, fold, is_batched, is_concrete, normal_like
+from diffusion_jax.ops import bcast, divide, dot, fold, is_batched, is_concrete, normal_like, wide
 from diffusion_jax.samplers.driver import memoryless, sample
 from diffusion_jax.samplers.noise import white
 from diffusion_jax.typing import Array, Cond, Denoise, Denoiser, Key, Noise, Prediction, Sampler, Schedule
@@ -73,7 +73,7 @@ def pigdm(
         total = alpha**2 * variance + sigma**2  # C = variance sigma^2 / total
         x0, pull, p = jax.vjp(estimate, x, has_aux=True)
         g = pull(_solve("pigdm", operator, y, x0, sigma_y, total / variance, sigma))[0]
-        return _shift(schedule, t, p, bcast(_divide(total, alpha * variance), x) * g)
+        return _shift(schedule, t, p, bcast(divide(total, alpha * variance), x) * g)
 
     return guided
 
@@ -90,7 +90,7 @@ def tmpd(denoiser: Denoiser, schedule: Schedule, operator: Operator, y: Array, s
     def guided(x: Array, t: Array, cond: Cond = None) -> Prediction:
         r, pull, push, p = _linearised("tmpd", denoiser, schedule, operator, y, x, t, cond)
         total = push(pull(jnp.ones_like(r))) + jnp.asarray(sigma_y, r.dtype) ** 2
-        return _shift(schedule, t, p, pull(_divide(r, total)))
+        return _shift(schedule, t, p, pull(divide(r, total)))
 
     return guided
 
@@ -221,14 +221,15 @@ def dps(inner: Sampler, operator: Operator, y: Array, zeta: ArrayLike) -> Sample
         def misfit(x: Array) -> tuple[Array, Prediction]:
             p = denoise(x, t)
             seen = operator.apply(p.x0)
-            return _square(_fit("dps", operator, y, seen) - seen), p
+            r = _fit("dps", operator, y, seen) - seen
+            return dot(r, r), p
 
         square, pull, p = jax.vjp(misfit, x, has_aux=True)
 
         def known(z: Array, u: Array) -> Prediction:
             return p if z is x and u is t else denoise(z, u)  # the inner step's first evaluation is this one
 
-        gradient, size = pull(jnp.ones_like(square))[0], _divide(jnp.sqrt(square), square)
+        gradient, size = pull(jnp.ones_like(square))[0], divide(jnp.sqrt(square), square)
         moved, state = inner.step(key, x, state, t, s, known)
         return moved - bcast(jnp.asarray(zeta, size.dtype) * size, x) * gradient, state
 
@@ -282,10 +283,10 @@ def ddnm_plus(schedule: Schedule, operator: Operator, y: Array, sigma_y: ArrayLi
 
         def trust(v: Array) -> Array:
             std, by_y = jnp.sqrt(variance).astype(v.dtype), noise_y.astype(v.dtype)
-            return jnp.where(by_y > 0, jnp.minimum(1, _divide(std * v, by_y)), 1)
+            return jnp.where(by_y > 0, jnp.minimum(1, divide(std * v, by_y)), 1)
 
         def spread(v: Array) -> Array:
-            taken = _divide(noise_y.astype(v.dtype) * trust(v), v) ** 2
+            taken = divide(noise_y.astype(v.dtype) * trust(v), v) ** 2
             return jnp.sqrt(jnp.maximum(variance.astype(v.dtype) - taken, 0))
 
         y_s = mean + bcast(a, x) * operator.spectral(trust, r)
@@ -321,11 +322,11 @@ def ddrm(
         p, (alpha, sigma) = denoise(x, t), schedule(s)
 
         def levels(v: Array) -> tuple[Array, Array]:
-            return (sigma / alpha).astype(v.dtype), _divide(jnp.asarray(sigma_y, v.dtype), v)  # sigma~, sigma_y / s
+            return (sigma / alpha).astype(v.dtype), divide(jnp.asarray(sigma_y, v.dtype), v)  # sigma~, sigma_y / s
 
         def toward(v: Array) -> Array:
             level, by_y = levels(v)
-            return jnp.where(v > 0, jnp.where(level < by_y, (1 - eta**2) ** 0.5 * _divide(level, by_y), eta_b), 0)
+            return jnp.where(v > 0, jnp.where(level < by_y, (1 - eta**2) ** 0.5 * divide(level, by_y), eta_b), 0)
 
         def keep(v: Array) -> Array:
             return jnp.where(v > 0, 0, (1 - eta**2) ** 0.5 * levels(v)[0])
@@ -394,11 +395,11 @@ def gaussian_twist(
         own, c = jnp.asarray(sigma_y, sigma.dtype) ** 2, variance * sigma**2 / (alpha**2 * variance + sigma**2)
         if isinstance(operator.spectral, Missing):
             seen = operator.apply(x0)
-            square = _square(_fit("gaussian_twist", operator, y, seen) - seen)
-            square = square / (own + c).astype(square.dtype)
+            r = _fit("gaussian_twist", operator, y, seen) - seen
+            square = dot(r, r) / (own + c).astype(wide(r))
         else:
             r = _gap("gaussian_twist", operator, y, x0)
-            square = _dot(r, operator.spectral(lambda v: v**2 / (own.astype(v.dtype) + _lead(c, v) * v**2), r))
+            square = dot(r, operator.spectral(lambda v: v**2 / (own.astype(v.dtype) + _lead(c, v) * v**2), r))
         m = jnp.asarray(y[0].size if measurements is None else measurements, square.dtype)
         return -0.5 * (square + m * jnp.log(2 * np.pi * own).astype(square.dtype))
 
@@ -459,10 +460,10 @@ def twisted_smc(
         std = bcast(jnp.sqrt(small if variance == "small" else transition(schedule, t, s)[1]), x)
         z, move = normal_like(fold(fold(key, i), 1), x), std * slope
         x = mean + std * (move + z)
-        ratio = -_dot(move, z + move / 2)  # log of prior step / moved step
+        ratio = -dot(move, z + move / 2)  # log of prior step / moved step
         return (x, logw + ratio - logp, evidence + gain), ess
 
-    weights = jnp.full(n, -math.log(n), _dot(x, x).dtype)
+    weights = jnp.full(n, -math.log(n), wide(x))
     steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
     (x, logw, evidence), ess = jax.lax.scan(body, (x, weights, jnp.zeros((), weights.dtype)), steps)
     end = jnp.broadcast_to(times[-1], (n,))
@@ -495,7 +496,7 @@ def _log_twist(twist: Twist, x0: Array, t: Array) -> Array:
     logp = twist(x0, t)
     if logp.shape != t.shape:
         raise ValueError(f"twisted_smc: the twist returned shape {logp.shape} for x0 of shape {x0.shape}")
-    return logp.astype(_dot(x0, x0).dtype)
+    return logp.astype(wide(x0))
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def _log_twist(twist: Twist, x0: Array, t: Array) -> Array:
 def _shift(schedule: Schedule, t: Array, p: Prediction, delta: Array) -> Prediction:
     """Eq. (1): add delta to x0, and keep eps consistent with it."""
     alpha, sigma = schedule(t)
-    return p._replace(x0=p.x0 + delta, eps=p.eps - bcast(_divide(alpha, sigma), delta) * delta)
+    return p._replace(x0=p.x0 + delta, eps=p.eps - bcast(divide(alpha, sigma), delta) * delta)
 
 
 def _fit(name: str, operator: Operator, y: Array, seen: Array) -> Array:
@@ -528,7 +529,7 @@ def _solve(name: str, operator: Operator, y: Array, x0: Array, sigma_y: ArrayLik
     rho = scale * (jnp.asarray(sigma_y, sigma.dtype) / jnp.maximum(sigma, 1e-8)) ** 2
 
     def share(v: Array) -> Array:
-        return _divide(v**2, v**2 + _lead(rho, v))
+        return divide(v**2, v**2 + _lead(rho, v))
 
     if not isinstance(operator.spectral, Missing):
         return operator.spectral(share, _gap(name, operator, y, x0))
@@ -549,7 +550,7 @@ def _linearised(
         return operator.apply(p.x0), p
 
     alpha, sigma = schedule(t)
-    far = bcast(_divide(sigma**2, alpha), x)  # without signal J = 0: nothing to tell
+    far = bcast(divide(sigma**2, alpha), x)  # without signal J = 0: nothing to tell
     seen, pull, p = jax.vjp(measure, x, has_aux=True)
     push = jax.linearize(operator.apply, p.x0)[1]
     return _fit(name, operator, y, seen) - seen, lambda u: far * pull(u)[0], push, p
@@ -564,31 +565,17 @@ def _conjugate_gradients(matvec: Callable[[Array], Array], b: Array, iterations:
     def body(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
         u, r, d, square = carry
         ad = matvec(d)
-        step = _divide(square, _dot(d, ad))
+        step = divide(square, dot(d, ad))
         u, r = u + bcast(step, d) * d, r - bcast(step, d) * ad
-        new = _square(r)
-        return (u, r, r + bcast(_divide(new, square), d) * d, new), None
+        new = dot(r, r)
+        return (u, r, r + bcast(divide(new, square), d) * d, new), None
 
-    return jax.lax.scan(body, (jnp.zeros_like(b), b, b, _square(b)), None, length=iterations)[0][0]
+    return jax.lax.scan(body, (jnp.zeros_like(b), b, b, dot(b, b)), None, length=iterations)[0][0]
 
 
 def _lead(c: Array, v: Array) -> Array:
     """c: f[] or f[b], one for each example, with the rank and the dtype of singular values v: f[1 ...]."""
     return jnp.reshape(c, c.shape + (1,) * (v.ndim - c.ndim)).astype(v.dtype)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    """Inner product of each example, at least in float32: f[b *d], f[b *d] -> f[b]."""
-    dtype = a.dtype if jnp.finfo(a.dtype).bits >= 32 else jnp.float32
-    return jnp.sum((a.astype(dtype) * b.astype(dtype)).reshape(a.shape[0], -1), axis=1)
-
-
-def _square(a: Array) -> Array:
-    return _dot(a, a)
-
-
-def _divide(a: Array, b: Array) -> Array:
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 def _nonnegative(name: str, sigma_y: ArrayLike) -> None:

@@ -1,7 +1,7 @@
 r"""Measurement operators of inverse problems: y = A x0 + sigma_y n with n standard normal, or y = A(x0).
 
-Every linear operator here, but for compressed sensing, is a sum over blocks of m coefficients: with unitary maps T of
-examples and R of measurements, and weights w_1..w_m for each block,
+Every linear operator here is a sum over blocks of m coefficients: with unitary maps T of examples and R of
+measurements, and weights w_1..w_m for each block,
 
     A x  = R sum_i w_i (T x)_i                                                               (1)
     A* y = T* (conj(w_i) R* y)                                                               (2)
@@ -15,8 +15,8 @@ vector conj(w) / s, and m - 1 that are 0: for any function g of the singular val
 
 which, with U* y = S V* A+ y, is all that a method asks of a singular value decomposition.
 
-Examples are x: [b *space c], and [b d] is a line without channels; measurements keep the leading axis. Boundaries are
-circular where a kernel reaches over them, which makes (3) exact. An operator may be built inside of a jitted function.
+Examples are x: [b *space c], and [b d] is a line without channels. Boundaries are circular where a kernel reaches over
+them, which makes (3) exact. An operator may be built inside of a jitted function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax.ops import fold
+from diffusion_jax.ops import divide, fold, wide
 from diffusion_jax.typing import Array, Key
 
 
@@ -88,9 +88,7 @@ def masking(mask: ArrayLike) -> Operator:
 
 
 def box(factor: int) -> Operator:
-    """Downsampling by the mean over boxes of factor^k pixels, k the axes of space: [b h w c] -> [b h/f w/f c].
-
-    ValueError where a size is not a multiple of the factor.
+    """Downsampling by the mean over boxes: [b h w c] -> [b h/f w/f c]; ValueError where a size is not divisible.
 
     >>> box(2).apply(jnp.asarray([[1.0, 3.0, 5.0, 5.0]])).tolist()
     [[2.0, 5.0]]
@@ -112,19 +110,18 @@ def grey(weights: Sequence[float] = (0.299, 0.587, 0.114)) -> Operator:
             raise ValueError(f"grey: {len(weights)} weights for x of shape {x.shape}")
         return x[..., None, :]
 
-    def spread(z: Array) -> Array:
+    def luma(z: Array) -> Array:
         return jnp.reshape(jnp.asarray(weights, z.dtype), (1,) * (z.ndim - 1) + (-1,))
 
-    return _block_sum("grey", split, lambda z: z[..., 0, :], spread)
+    return _block_sum("grey", split, lambda z: z[..., 0, :], luma)
 
 
 def blur(kernel: ArrayLike, factor: int = 1, cutoff: float = 1e-3, name: str = "blur") -> Operator:
     """Circular convolution with a kernel f[*k], one axis for each axis of space, then every factor-th pixel.
 
-    The kernel is centred: pixel j of y is the mean around the middle of the pixels factor j .. factor (j + 1) - 1, so
-    that an axis of the kernel has odd size for odd factors and even size for even ones. Frequencies that keep less
-    than `cutoff` of the largest singular value are lost: 0 in A and in A+. ValueError for a kernel of another rank or
-    parity, and where a size is not a multiple of the factor.
+    The kernel is centred on the middle of the pixels factor j .. factor (j + 1) - 1 for pixel j of y, so that its sizes
+    are odd or even as the factor is. Frequencies below `cutoff` of the largest singular value are lost: 0 in A and A+.
+    ValueError for a kernel of another rank or parity, and where a size is not a multiple of the factor.
     """
     k = np.asarray(kernel, np.float64)
     _positive(name, factor)
@@ -132,7 +129,7 @@ def blur(kernel: ArrayLike, factor: int = 1, cutoff: float = 1e-3, name: str = "
         raise ValueError(f"{name}: a kernel of shape {k.shape} has no middle for factor {factor}")
 
     def waves(x: Array) -> Array:
-        return jnp.fft.fftn(x.astype(_wide(x)), axes=_space(x), norm="ortho")
+        return jnp.fft.fftn(x.astype(wide(x)), axes=_space(x), norm="ortho")
 
     def pixels(u: Array) -> Array:
         return jnp.fft.ifftn(u, axes=_space(u), norm="ortho").real
@@ -146,8 +143,7 @@ def blur(kernel: ArrayLike, factor: int = 1, cutoff: float = 1e-3, name: str = "
         h = _transfer(k, [z.shape[i] * factor for i in _space(z[..., 0])], factor)
         h = jnp.asarray(h.reshape(1, *h.shape, *(1,) * (z.ndim - 2 - k.ndim)), z.dtype)  # with an axis of channels
         w = _split(h, factor, far=True) / factor ** (k.ndim / 2)
-        s = jnp.sqrt(jnp.sum(jnp.abs(w) ** 2, axis=-1, keepdims=True))
-        return jnp.where(s < cutoff * jnp.max(s), 0, w)
+        return jnp.where(_size(w) < cutoff * jnp.max(_size(w)), 0, w)
 
     return _block_sum(name, split, lambda z: pixels(_merge(z, factor, far=True)), weights, pixels, waves)
 
@@ -163,7 +159,6 @@ def gaussian_kernel(std: float, radius: int, axes: int = 2) -> np.ndarray:
 
 def bicubic(factor: int, axes: int = 2) -> Operator:
     """Antialiased bicubic downsampling: `blur` with Keys's kernel (1981; a = -1/2) stretched by the factor."""
-    _positive("bicubic", factor)
     size = 4 * factor - factor % 2
     u = np.abs((np.arange(size) - (size - 1) / 2) / factor)
     near, far = 1.5 * u**3 - 2.5 * u**2 + 1, -0.5 * u**3 + 2.5 * u**2 - 4 * u + 2
@@ -171,10 +166,9 @@ def bicubic(factor: int, axes: int = 2) -> Operator:
 
 
 def compressed_sensing(key: Key, shape: tuple[int, ...], m: int) -> Operator:
-    """m of the d rows of a random orthogonal matrix, for examples of that shape [*d]: f[b *d] -> f[b m].
+    """m of the d rows of a random orthogonal matrix, the cosine transform after random signs: f[b *d] -> f[b m].
 
-    The matrix is the cosine transform after random signs, applied in O(d log d). ValueError unless 1 <= m <= d, and
-    for examples of another shape.
+    ValueError unless 1 <= m <= d = the size of `shape`, and for examples that do not have that shape.
     """
     d = math.prod(shape)
     if not 1 <= m <= d:
@@ -182,34 +176,32 @@ def compressed_sensing(key: Key, shape: tuple[int, ...], m: int) -> Operator:
     signs = jax.random.rademacher(fold(key, 0), (1, d), jnp.float32)
     rows = jax.random.permutation(fold(key, 1), d)[:m]
 
-    def apply(x: Array) -> Array:
+    def split(x: Array) -> Array:
         if x.shape[1:] != tuple(shape):
             raise ValueError(f"compressed_sensing: made for {tuple(shape)}, got x of shape {x.shape}")
-        flat = signs.astype(_wide(x)) * jnp.reshape(x, (-1, d)).astype(_wide(x))
-        return jax.scipy.fft.dct(flat, norm="ortho", axis=1)[:, rows].astype(x.dtype)
+        flat = jnp.reshape(x, (-1, d)).astype(wide(x))
+        return jax.scipy.fft.dct(signs.astype(flat.dtype) * flat, norm="ortho", axis=1)[..., None]
 
-    def adjoint(y: Array) -> Array:
-        full = jnp.zeros((y.shape[0], d), _wide(y)).at[:, rows].set(y.astype(_wide(y)))
-        flat = signs.astype(_wide(y)) * jax.scipy.fft.idct(full, norm="ortho", axis=1)
-        return jnp.reshape(flat, (-1, *shape)).astype(y.dtype)
+    def merge(z: Array) -> Array:
+        flat = signs.astype(z.dtype) * jax.scipy.fft.idct(z[..., 0], norm="ortho", axis=1)
+        return jnp.reshape(flat, (-1, *shape))
 
-    def spectral(g: Callable[[Array], Array], x: Array) -> Array:
-        zero, one = (g(jnp.full((1,) * x.ndim, s, _wide(x))).astype(x.dtype) for s in (0, 1))
-        return zero * x + (one - zero) * adjoint(apply(x))
+    def spread(y: Array) -> Array:
+        return jnp.zeros((y.shape[0], d), y.dtype).at[:, rows].set(y)
 
-    return Operator("compressed sensing", apply, adjoint, adjoint, spectral)
+    def weights(z: Array) -> Array:
+        return spread(jnp.ones((1, m), z.dtype))[..., None]
+
+    return _block_sum("compressed sensing", split, merge, weights, lambda u: u[:, rows], spread)
 
 
 def phase_retrieval(oversampling: int = 2) -> Operator:
-    """Magnitudes of the unitary Fourier transform over space, after zeros up to `oversampling` times each size.
-
-    Nonlinear: [b *n c] -> [b *(oversampling n) c], without a pseudo-inverse.
-    """
+    """Magnitudes of the unitary Fourier transform of x after zeros: [b *n c] -> [b *(oversampling n) c]. Nonlinear."""
     _positive("phase retrieval", oversampling)
 
     def apply(x: Array) -> Array:
         sizes = tuple(oversampling * x.shape[i] for i in _space(x))
-        return jnp.abs(jnp.fft.fftn(x.astype(_wide(x)), s=sizes, axes=_space(x), norm="ortho")).astype(x.dtype)
+        return jnp.abs(jnp.fft.fftn(x.astype(wide(x)), s=sizes, axes=_space(x), norm="ortho")).astype(x.dtype)
 
     return _nonlinear("phase retrieval", apply)
 
@@ -223,9 +215,9 @@ _LUMINANCE = bytes.fromhex(  # ITU-T T.81, table K.1: quantisation steps of lumi
 def jpeg(quality: int = 50) -> Operator:
     """JPEG without its colour transform: rounded cosine coefficients of 8 x 8 blocks, [b h w c] -> the same shape.
 
-    x in [-1, 1] are 8-bit values around 0; y are integers, in the place of each block. The pseudo-inverse decodes, so
-    A(A+(A(x))) = A(x) (Kawar et al. 2022, arXiv:2209.11888). Rounding has derivative 0: methods that differentiate A
-    (DPS, TMPD, MMPS) do nothing. The quality scales the luminance table of ITU-T T.81 as in libjpeg.
+    x in [-1, 1] are 8-bit values around 0, y integers. The pseudo-inverse decodes (Kawar et al. 2022, arXiv:2209.11888).
+    Rounding has derivative 0: methods that differentiate A (DPS, TMPD, MMPS) do nothing. The quality scales the
+    luminance table of ITU-T T.81 as in libjpeg.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"jpeg: quality between 1 and 100, got {quality}")
@@ -233,28 +225,27 @@ def jpeg(quality: int = 50) -> Operator:
     q = np.clip(np.floor((np.frombuffer(_LUMINANCE, np.uint8) * float(scale) + 50) / 100), 1, 255)
     i = np.arange(8)
     c = np.where(i == 0, 8**-0.5, 0.5)[:, None] * np.cos(np.pi * (2 * i[None] + 1) * i[:, None] / 16)
-    encode = np.kron(c, c).T * 127.5 / q  # of a row of 64 pixels
-    decode = np.kron(c, c) * q[:, None] / 127.5
+    transform = np.kron(c, c)  # of the 64 pixels of a block, in a column
 
     def blockwise(x: Array, matrix: np.ndarray) -> Array:
         if x.ndim != 4:
             raise ValueError(f"jpeg: x must be [b h w c], got shape {x.shape}")
-        z = _split(x.astype(_wide(x)), 8)
+        z = _split(x.astype(wide(x)), 8)
         return _merge(z @ jnp.asarray(matrix, z.dtype), 8)
 
     return _nonlinear(
         "jpeg",
-        lambda x: jnp.round(blockwise(x, encode)).astype(x.dtype),
-        lambda y: blockwise(y, decode).astype(y.dtype),
+        lambda x: jnp.round(blockwise(x, transform.T * 127.5 / q)).astype(x.dtype),
+        lambda y: blockwise(y, transform * q[:, None] / 127.5).astype(y.dtype),
     )
 
 
 def compose(outer: Operator, inner: Operator) -> Operator:
     """First `inner`, then `outer`; it has no pseudo-inverse, which is not that of the parts."""
-    name = f"{outer.name} of {inner.name}"
-    both = not isinstance(outer.adjoint, Missing) and not isinstance(inner.adjoint, Missing)
-    adjoint = (lambda y: inner.adjoint(outer.adjoint(y))) if both else Missing(name, "adjoint")
-    return _nonlinear(name, lambda x: outer.apply(inner.apply(x)))._replace(adjoint=adjoint)
+    both = _nonlinear(f"{outer.name} of {inner.name}", lambda x: outer.apply(inner.apply(x)))
+    if isinstance(outer.adjoint, Missing) or isinstance(inner.adjoint, Missing):
+        return both
+    return both._replace(adjoint=lambda y: inner.adjoint(outer.adjoint(y)))
 
 
 def latent(operator: Operator, decode: Callable[[Array], Array]) -> Operator:
@@ -263,8 +254,8 @@ def latent(operator: Operator, decode: Callable[[Array], Array]) -> Operator:
 
 
 def _nonlinear(name: str, apply: Callable[[Array], Array], inverse: Callable[[Array], Array] | None = None) -> Operator:
-    inverse = Missing(name, "pseudo_inverse") if inverse is None else inverse
-    return Operator(name, apply, Missing(name, "adjoint"), inverse, Missing(name, "spectral"))
+    missing = [Missing(name, method) for method in Operator._fields[2:]]
+    return Operator(name, apply, missing[0], inverse or missing[1], missing[2])
 
 
 def _block_sum(
@@ -275,41 +266,46 @@ def _block_sum(
     join: Callable[[Array], Array] = lambda u: u,
     unjoin: Callable[[Array], Array] = lambda y: y,
 ) -> Operator:
-    """Equations (1)-(4). split, merge are T, T*: [b *d] <-> [b *e m]; join, unjoin are R, R*; weights are [1 *e m].
+    """Equations (1)-(4): split, merge are T, T* of [b *d] <-> [b *e m]; join, unjoin are R, R*.
 
-    `weights` is given an array of the shape [b *e m] or [b *e 1].
+    `weights` are [1 *e m] for any array of the shape [b *e m] or [b *e 1], and of its dtype.
     """
 
     def unit(w: Array) -> tuple[Array, Array]:
-        s = jnp.sqrt(jnp.sum(jnp.abs(w) ** 2, axis=-1, keepdims=True))
-        return s, jnp.where(s > 0, jnp.conj(w) / jnp.where(s > 0, s, 1).astype(w.dtype), 0)
+        s = _size(w)
+        return s, divide(jnp.conj(w), s.astype(w.dtype))
 
     def apply(x: Array) -> Array:
         z = split(x)
         return join(jnp.sum(weights(z) * z, axis=-1)).astype(x.dtype)
 
-    def back(y: Array, power: int) -> Array:
-        u = unjoin(y.astype(_wide(y)))[..., None]
+    def adjoint(y: Array) -> Array:
+        u = unjoin(y.astype(wide(y)))[..., None]
+        return merge(jnp.conj(weights(u)) * u).astype(y.dtype)
+
+    def pseudo_inverse(y: Array) -> Array:
+        u = unjoin(y.astype(wide(y)))[..., None]
         s, a = unit(weights(u))
-        return merge(a * jnp.where(s > 0, jnp.where(s > 0, s, 1) ** power, 0).astype(u.dtype) * u).astype(y.dtype)
+        return merge(divide(a * u, s.astype(a.dtype))).astype(y.dtype)
 
     def spectral(g: Callable[[Array], Array], x: Array) -> Array:
-        z = split(x.astype(_wide(x)))
+        z = split(x.astype(wide(x)))
         s, a = unit(weights(z))
         zero = g(jnp.zeros((1,) * x.ndim, s.dtype)).astype(x.dtype)
         change = (g(s) - g(jnp.zeros_like(s))).astype(z.dtype) * jnp.sum(jnp.conj(a) * z, axis=-1, keepdims=True)
         return zero * x + merge(a * change).astype(x.dtype)
 
-    return Operator(name, apply, lambda y: back(y, 1), lambda y: back(y, -1), spectral)
+    return Operator(name, apply, adjoint, pseudo_inverse, spectral)
+
+
+def _size(w: Array) -> Array:
+    """The singular value of each block, real: [*e m] -> [*e 1]."""
+    return jnp.sqrt(jnp.sum(jnp.abs(w) ** 2, axis=-1, keepdims=True))
 
 
 def _space(x: Array) -> tuple[int, ...]:
     """Axes of space: all but the first and the last, and the second of [b d]."""
     return tuple(range(1, max(x.ndim - 1, 2)))
-
-
-def _wide(x: Array) -> Any:
-    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
 
 
 def _split(x: Array, factor: int, far: bool = False) -> Array:

@@ -86,7 +86,10 @@ def beta_quantile(n: int, a: float = 0.6, b: float = 0.6) -> Array:
 
     if a <= 0 or b <= 0:
         raise ValueError(f"beta_quantile: a > 0 and b > 0, got {a}, {b}")
-    return jnp.asarray(betaincinv(a, b, np.linspace(1, 0, _steps(n) + 1)), jnp.float32)
+    grid = betaincinv(a, b, np.linspace(1, 0, _steps(n) + 1)).astype(np.float32)
+    if np.any(np.diff(grid) >= 0):
+        raise ValueError(f"beta_quantile: some of {n} steps of Beta({a}, {b}) are none in float32")
+    return jnp.asarray(grid)
 
 
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Array:

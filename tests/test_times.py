@@ -154,6 +154,7 @@ def test_logsnr_uniform_is_uniform():
         lambda: exponential(5, 80.0, 0.002),
         lambda: beta_quantile(5, 0.0, 1.0),
         lambda: beta_quantile(0),
+        lambda: beta_quantile(200, 3.0, 0.3),  # its first times are 1 - 1e-8
         lambda: align_your_steps(5, "sd3"),
         lambda: align_your_steps(0, "svd"),
         lambda: optimised(jax.random.key(0), None, dj.edm(), 1, jnp.ones((1, 2))),
@@ -305,7 +306,7 @@ def test_defects_are_those_of_the_samplers():
         key = jax.random.key(0)
         path = times._trajectory(key, denoiser, schedule, x, grid, None)
         at = tuple(np.asarray(a) for a in (*schedule(grid), dj.logsnr(schedule, grid) / 2))
-        adjoint, states, x0, _ = path
+        adjoint, states, *_ = path
         r = np.asarray(dj.normal_like(key, x))
 
         def denoise(x, t):
@@ -317,18 +318,19 @@ def test_defects_are_those_of_the_samplers():
                 x, state = two_m.step(key, x, state, t, s, denoise)
             return np.sum(r * np.asarray(denoiser(x, jnp.broadcast_to(grid[-1], 5)).x0), 1)
 
-        def remembered(i):
-            return (jnp.asarray(x0[i]), jnp.asarray(at[2][i]), jnp.asarray(True))
+        def after(i, j):
+            """The sampler's memory of a step from time i to j."""
+            return two_m.step(key, jnp.asarray(states[i]), two_m.init(x), grid[i], grid[j], denoise)[1]
 
         two_m, k, step = dj.dpmpp_2m(schedule), 5, 1e-6
         direction = np.random.default_rng(1).standard_normal((5, 2))
-        up, down = (end(k, jnp.asarray(states[k] + e * direction), remembered(k - 1)) for e in (step, -step))
+        up, down = (end(k, jnp.asarray(states[k] + e * direction), after(k - 1, k)) for e in (step, -step))
         np.testing.assert_allclose(np.sum(adjoint[k] * direction, 1), (up - down) / (2 * step), rtol=1e-6)
 
         for second, sampler in ((False, dj.ddim(schedule)), (True, two_m)):
             cost = times._defects(at, path, second)
             for i, j, k in ((0, 0, 3), (0, 2, 4), (1, 4, 8)):
-                state = (sampler.init(x) if i == j else remembered(i)) if second else ()
+                state = after(i, j) if second and i < j else sampler.init(x)
                 y, _ = sampler.step(
                     key,
                     jnp.asarray(states[j]),

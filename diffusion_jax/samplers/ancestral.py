@@ -90,8 +90,7 @@ def analytic_dpm(schedule: Schedule, mmse: Callable[[Array], Array], eta: float 
 
     Bao et al. 2022, arXiv:2201.06503, theorem 1, where e(t) = (sigma_t / alpha_t)^2 (1 - E|eps|^2 / d). `mmse` is e, a
     function of scalar t; `estimate_mmse` measures it, for an imperfect denoiser too. Exact in any number of steps for
-    Gaussian data of covariance v I, where e(t) = v sigma_t^2 / (alpha_t^2 v + sigma_t^2). Unlike in the paper the last
-    step, to sigma_s = 0, draws as well: what is left of e(t) belongs to the law.
+    Gaussian data of covariance v I, by e(t) = v sigma_t^2 / (alpha_t^2 v + sigma_t^2). A step to sigma_s = 0 draws too.
     """
     in_unit_interval("analytic_dpm", eta)
 
@@ -112,13 +111,12 @@ def estimate_mmse(
     Between the times, which may come in any order, e is linear in t; beyond them it is that of the nearest one.
     """
 
-    def error(i_t: tuple[Array, Array]) -> Array:
-        i, t = i_t
+    def error(i: Array, t: Array) -> Array:
         ts = jnp.broadcast_to(t, x0.shape[:1])
         x = q_sample(schedule, x0, ts, normal_like(fold(key, i), x0))
         return jnp.mean((x0 - denoiser(x, ts, cond).x0).astype(t.dtype) ** 2)
 
-    errors = jax.lax.map(error, (jnp.arange(times.shape[0]), times))
+    errors = jax.lax.map(lambda i_t: error(*i_t), (jnp.arange(times.shape[0]), times))
     order = jnp.argsort(times)
     return lambda t: jnp.interp(t, times[order], errors[order])
 

@@ -65,9 +65,7 @@ def _check(key: Key, sampler: Sampler, x: Array, times: Array) -> None:
         first, last = jnp.asarray(times[0]), jnp.asarray(times[-1])
     for i, (t, s) in enumerate(itertools.pairwise(np.asarray(times))):
         if not (np.isfinite(t) and np.isfinite(s) and s < t):
-            raise ValueError(
-                f"sample: times must be finite and strictly decreasing, got times[{i}] = {t}, times[{i + 1}] = {s}"
-            )
+            raise ValueError(f"sample: times must be finite and fall strictly: times[{i}] = {t}, times[{i + 1}] = {s}")
 
     def step(key: Key, x: Array) -> Any:
         return sampler.step(key, x, sampler.init(x), first, last, lambda x, t: Prediction(x, x, x))
@@ -93,7 +91,6 @@ def chain(*samplers: Sampler) -> Sampler:
 
 
 def memoryless(step: Any) -> Sampler:
-    """A sampler without history."""
     return Sampler(lambda x: (), step)
 
 

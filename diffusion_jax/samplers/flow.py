@@ -117,8 +117,7 @@ def adaptive(schedule: Schedule, rtol: float, atol: float, solver: Any = None, m
 
         a, b = (jnp.arctan2(c.sigma, c.alpha) for c in (schedule(t), schedule(s)))
         y, term = x.astype(t.dtype) / jnp.hypot(*schedule(t)), diffrax.ODETerm(velocity)
-        method = diffrax.Dopri5() if solver is None else solver
-        control = diffrax.PIDController(rtol=rtol, atol=atol, norm=worst)
+        method, control = solver or diffrax.Dopri5(), diffrax.PIDController(rtol=rtol, atol=atol, norm=worst)
         path: Any = diffrax.diffeqsolve(term, method, a, b, None, y, stepsize_controller=control, max_steps=max_steps)
         return (jnp.hypot(*schedule(s)) * path.ys[0]).astype(x.dtype), state
 

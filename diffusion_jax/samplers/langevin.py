@@ -90,6 +90,4 @@ def underdamped_langevin(
         force = score(x)
         return (x, v + half * force, force), None
 
-    v = normal_like(fold(key, n), x)
-    x, v, _ = jax.lax.scan(body, (x, v, score(x)), jnp.arange(n))[0]
-    return x, v
+    return jax.lax.scan(body, (x, normal_like(fold(key, n), x), score(x)), jnp.arange(n))[0][:2]

@@ -45,9 +45,8 @@ def reverse_diffusion(schedule: Schedule, noise: Noise = white) -> Sampler:
     """Reverse diffusion, eq. (2) (Song et al. 2021, arXiv:2011.13456, eq. 46). One evaluation, weak order 1.
 
     The predictor of algorithm 2, x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z, and of algorithm 3,
-    (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z. Predictor and corrector are together
-    `chain(langevin(schedule, snr), reverse_diffusion(schedule))`: the corrector acts at t, before the predictor.
-    A step to sigma_s = 0 leaves the noise out; variance exploding, it then comes to x0.
+    (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z. With its corrector, which acts at t before it, it is
+    `chain(langevin(schedule, snr), reverse_diffusion(schedule))`. A step to sigma_s = 0 leaves the noise out.
     """
 
     def coefficients(t: Array, s: Array) -> tuple[Array, Array]:
@@ -73,7 +72,7 @@ def restart(inner: Sampler, schedule: Schedule, times: Array, repeats: int) -> S
     times: f32[n + 1], decreasing from t_max to t_min: the n steps of `inner` in the restart interval; `repeats` is K.
     The step that comes to t_min, or first below it, is followed by K times noise from there up to t_max and the n steps
     down to it. Several intervals nest, `restart(restart(inner, ...), ...)`, as long as none contains another's t_min.
-    The law of each time is kept: what is gained is that later noise forgets earlier errors. K n more steps.
+    The law of each time is kept: the gain is that noise forgets earlier errors. ValueError if times do not fall.
     """
     if times.ndim != 1 or times.shape[0] < 2 or repeats < 1:
         raise ValueError(f"restart: times must be f32[n + 1], n >= 1, repeats >= 1; got {times.shape}, {repeats}")
@@ -95,10 +94,8 @@ def restart(inner: Sampler, schedule: Schedule, times: Array, repeats: int) -> S
             steps = (jnp.arange(1, times.shape[0]), grid[:-1], grid[1:])
             return jax.lax.scan(down, (x, inner.init(x)), steps)[0], None
 
-        def repeat() -> tuple[Array, Any]:
-            return jax.lax.scan(again, (x, state), jnp.arange(1, repeats + 1))[0]
-
-        return jax.lax.cond((t > t_min) & (s <= t_min), repeat, lambda: (x, state))
+        reached, ks = (t > t_min) & (s <= t_min), jnp.arange(1, repeats + 1)
+        return jax.lax.cond(reached, lambda: jax.lax.scan(again, (x, state), ks)[0], lambda: (x, state))
 
     return Sampler(inner.init, step)
 
