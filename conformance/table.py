@@ -12,12 +12,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 import diffusion_jax as dj
-from diffusion_jax.samplers import exponential, singlestep
-from diffusion_jax.samplers.ancestral import analytic_dpm, euler_ancestral
-from diffusion_jax.samplers.few_step import consistency, jump, undershoot
-from diffusion_jax.samplers.flow import adaptive, dpm_2, midpoint
-from diffusion_jax.samplers.langevin import annealed_langevin
-from diffusion_jax.samplers.stochastic import euler_maruyama, restart, reverse_diffusion
 from diffusion_jax.typing import Array, Cond, FlowMap, Noise, Sampler, Schedule
 
 
@@ -84,58 +78,58 @@ SAMPLERS: dict[str, Entry] = {
     "ddpm_small": Entry(lambda p, noise: dj.ddpm(p.schedule, "small", noise), 1, random=True),
     "ddpm_large": Entry(lambda p, noise: dj.ddpm(p.schedule, "large", noise), 1, random=True),
     "ancestral": Entry(lambda p, noise: dj.ancestral(p.schedule, noise), 1, random=True),
-    "analytic_dpm": Entry(lambda p, noise: analytic_dpm(p.schedule, _mmse(p.schedule), noise=noise), 1, random=True),
-    "analytic_ddim": Entry(lambda p, noise: analytic_dpm(p.schedule, _mmse(p.schedule), 0.0, noise), 1, random=True),
-    "euler_ancestral": Entry(lambda p, noise: euler_ancestral(p.schedule, noise=noise), 1, random=True),
+    "analytic_dpm": Entry(lambda p, noise: dj.analytic_dpm(p.schedule, _mmse(p.schedule), noise=noise), 1, random=True),
+    "analytic_ddim": Entry(lambda p, noise: dj.analytic_dpm(p.schedule, _mmse(p.schedule), 0.0, noise), 1, random=True),
+    "euler_ancestral": Entry(lambda p, noise: dj.euler_ancestral(p.schedule, noise=noise), 1, random=True),
     # probability flow
     "euler": Entry(lambda p, noise: dj.euler(p.schedule), 1),
     "heun": Entry(lambda p, noise: dj.heun(p.schedule), 2, 2),
-    "midpoint": Entry(lambda p, noise: midpoint(p.schedule), 2, 2),
-    "dpm_2": Entry(lambda p, noise: dpm_2(p.schedule), 2, 2),
-    "dpm_2_ancestral": Entry(lambda p, noise: dpm_2(p.schedule, 1.0, noise), 2, 2, random=True),
+    "midpoint": Entry(lambda p, noise: dj.midpoint(p.schedule), 2, 2),
+    "dpm_2": Entry(lambda p, noise: dj.dpm_2(p.schedule), 2, 2),
+    "dpm_2_ancestral": Entry(lambda p, noise: dj.dpm_2(p.schedule, 1.0, noise), 2, 2, random=True),
     "adaptive": Entry(
-        lambda p, noise: adaptive(p.schedule, 1e-4, 1e-4),
+        lambda p, noise: dj.adaptive(p.schedule, 1e-4, 1e-4),
         None,
         None,
         remark="its error follows the tolerance, not the grid",
         independent=False,
     ),
     # exponential integrators
-    "dpm_solver_2": Entry(lambda p, noise: singlestep.dpm_solver_2(p.schedule), 2, 2),
-    "dpm_solver_3": Entry(lambda p, noise: singlestep.dpm_solver_3(p.schedule), 3, 3),
-    "dpmpp_2s": Entry(lambda p, noise: singlestep.dpmpp_2s(p.schedule), 2, 2),
-    "dpmpp_3s": Entry(lambda p, noise: singlestep.dpmpp_3s(p.schedule), 3, 3),
-    "dpmpp_2s_sde": Entry(lambda p, noise: singlestep.dpmpp_2s_sde(p.schedule, noise=noise), 2, 2, random=True),
+    "dpm_solver_2": Entry(lambda p, noise: dj.dpm_solver_2(p.schedule), 2, 2),
+    "dpm_solver_3": Entry(lambda p, noise: dj.dpm_solver_3(p.schedule), 3, 3),
+    "dpmpp_2s": Entry(lambda p, noise: dj.dpmpp_2s(p.schedule), 2, 2),
+    "dpmpp_3s": Entry(lambda p, noise: dj.dpmpp_3s(p.schedule), 3, 3),
+    "dpmpp_2s_sde": Entry(lambda p, noise: dj.dpmpp_2s_sde(p.schedule, noise=noise), 2, 2, random=True),
     "dpmpp_2m": Entry(lambda p, noise: dj.dpmpp_2m(p.schedule), 2),
-    "dpmpp_3m": Entry(lambda p, noise: exponential.dpmpp_3m(p.schedule), 3),
-    "dpmpp_2m_sde": Entry(lambda p, noise: exponential.dpmpp_2m_sde(p.schedule, noise=noise), 2, random=True),
+    "dpmpp_3m": Entry(lambda p, noise: dj.dpmpp_3m(p.schedule), 3),
+    "dpmpp_2m_sde": Entry(lambda p, noise: dj.dpmpp_2m_sde(p.schedule, noise=noise), 2, random=True),
     "dpmpp_3m_sde": Entry(
-        lambda p, noise: exponential.dpmpp_3m_sde(p.schedule, noise=noise), 2, random=True, problem="rectified"
+        lambda p, noise: dj.dpmpp_3m_sde(p.schedule, noise=noise), 2, random=True, problem="rectified"
     ),
-    "exponential_ab_2": Entry(lambda p, noise: exponential.exponential_ab(p.schedule, 2), 2),
-    "exponential_ab_3": Entry(lambda p, noise: exponential.exponential_ab(p.schedule, 3), 3),
-    "unipc_1_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 1, "bh1"), 2),
-    "unipc_1_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 1, "bh2"), 2),
-    "unipc_2_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh1"), 3, problem="rectified"),
-    "unipc_2_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 2, "bh2"), 3, problem="rectified"),
-    "unipc_3_bh1": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh1"), 4, problem="rectified"),
-    "unipc_3_bh2": Entry(lambda p, noise: exponential.unipc(p.schedule, 3, "bh2"), 4, problem="rectified"),
-    "deis_1": Entry(lambda p, noise: exponential.deis(p.schedule, 1), 1),
-    "deis_2": Entry(lambda p, noise: exponential.deis(p.schedule, 2), 2),
-    "deis_3": Entry(lambda p, noise: exponential.deis(p.schedule, 3), 3),
-    "deis_4": Entry(lambda p, noise: exponential.deis(p.schedule, 4), 4),
+    "exponential_ab_2": Entry(lambda p, noise: dj.exponential_ab(p.schedule, 2), 2),
+    "exponential_ab_3": Entry(lambda p, noise: dj.exponential_ab(p.schedule, 3), 3),
+    "unipc_1_bh1": Entry(lambda p, noise: dj.unipc(p.schedule, 1, "bh1"), 2),
+    "unipc_1_bh2": Entry(lambda p, noise: dj.unipc(p.schedule, 1, "bh2"), 2),
+    "unipc_2_bh1": Entry(lambda p, noise: dj.unipc(p.schedule, 2, "bh1"), 3, problem="rectified"),
+    "unipc_2_bh2": Entry(lambda p, noise: dj.unipc(p.schedule, 2, "bh2"), 3, problem="rectified"),
+    "unipc_3_bh1": Entry(lambda p, noise: dj.unipc(p.schedule, 3, "bh1"), 4, problem="rectified"),
+    "unipc_3_bh2": Entry(lambda p, noise: dj.unipc(p.schedule, 3, "bh2"), 4, problem="rectified"),
+    "deis_1": Entry(lambda p, noise: dj.deis(p.schedule, 1), 1),
+    "deis_2": Entry(lambda p, noise: dj.deis(p.schedule, 2), 2),
+    "deis_3": Entry(lambda p, noise: dj.deis(p.schedule, 3), 3),
+    "deis_4": Entry(lambda p, noise: dj.deis(p.schedule, 4), 4),
     "sa_solver_2_2": Entry(
-        lambda p, noise: exponential.sa_solver(p.schedule, 2, 2, noise=noise),
+        lambda p, noise: dj.sa_solver(p.schedule, 2, 2, noise=noise),
         None,
         random=True,
         remark="weak order 2, but with so small a coefficient that 512 steps do not show it",
     ),
     "sa_solver_3_4": Entry(
-        lambda p, noise: exponential.sa_solver(p.schedule, 3, 4, 0.7, noise=noise), 2, random=True, problem="rectified"
+        lambda p, noise: dj.sa_solver(p.schedule, 3, 4, 0.7, noise=noise), 2, random=True, problem="rectified"
     ),
     **{
         f"ipndm_{order}": Entry(
-            lambda p, noise, order=order: exponential.ipndm(p.schedule, order),
+            lambda p, noise, order=order: dj.ipndm(p.schedule, order),
             order if order < 3 else None,
             remark=""
             if order < 3
@@ -144,10 +138,10 @@ SAMPLERS: dict[str, Entry] = {
         for order in (1, 2, 3, 4)
     },
     # stochastic
-    "euler_maruyama": Entry(lambda p, noise: euler_maruyama(p.schedule, noise), 1, random=True, ends="vp_linear"),
-    "reverse_diffusion": Entry(lambda p, noise: reverse_diffusion(p.schedule, noise), 1, random=True),
+    "euler_maruyama": Entry(lambda p, noise: dj.euler_maruyama(p.schedule, noise), 1, random=True, ends="vp_linear"),
+    "reverse_diffusion": Entry(lambda p, noise: dj.reverse_diffusion(p.schedule, noise), 1, random=True),
     "restart_heun": Entry(
-        lambda p, noise: restart(dj.heun(p.schedule), p.schedule, p.top * jnp.linspace(0.8, 0.5, 7), 2),
+        lambda p, noise: dj.restart(dj.heun(p.schedule), p.schedule, p.top * jnp.linspace(0.8, 0.5, 7), 2),
         None,
         2,
         random=True,
@@ -162,7 +156,7 @@ SAMPLERS: dict[str, Entry] = {
     ),
     # Langevin
     "annealed_langevin": Entry(
-        lambda p, noise: annealed_langevin(p.schedule, 0.01, 1.0, 2),
+        lambda p, noise: dj.annealed_langevin(p.schedule, 0.01, 1.0, 2),
         None,
         2,
         random=True,
@@ -170,7 +164,7 @@ SAMPLERS: dict[str, Entry] = {
         law=False,
     ),
     "predictor_corrector": Entry(
-        lambda p, noise: dj.chain(dj.langevin(p.schedule, 0.05), reverse_diffusion(p.schedule, noise)),
+        lambda p, noise: dj.chain(dj.langevin(p.schedule, 0.05), dj.reverse_diffusion(p.schedule, noise)),
         None,
         2,
         random=True,
@@ -185,21 +179,21 @@ SAMPLERS: dict[str, Entry] = {
     ),
     # few steps
     "consistency": Entry(
-        lambda p, noise: consistency(p.schedule, noise=noise),
+        lambda p, noise: dj.consistency(p.schedule, noise=noise),
         None,
         random=True,
         remark="exact in any number of steps for an exact consistency function, which a denoiser is not",
         law=False,
     ),
     "tcd": Entry(
-        lambda p, noise: undershoot(dj.ddim(p.schedule), p.schedule, 0.3),
+        lambda p, noise: dj.undershoot(dj.ddim(p.schedule), p.schedule, 0.3),
         None,
         random=True,
         remark="exact if DDIM from t to any earlier time is; a denoiser's is not",
         law=False,
     ),
     "jump": Entry(
-        lambda p, noise: jump(_flow_map(p.schedule)),
+        lambda p, noise: dj.jump(_flow_map(p.schedule)),
         None,
         0,
         remark="the flow map of standard normal data: exact for it alone",

@@ -269,8 +269,8 @@ def ddnm_plus(schedule: Schedule, operator: Operator, y: Array, sigma_y: ArrayLi
     x0^ + V l(S) V^T A+ r,   noise of variance V g(S) V^T,
     l(s) = min(1, std s / (a sigma_y)),   g(s) = std^2 - (a l(s) sigma_y / s)^2 for s > 0, and std^2 for s = 0
 
-    std^2 the variance of q(x_s | x_t, x0) and a the weight of x0 in its mean, so that the noise of y takes the place of
-    the sampler's. sigma_y = 0 is `ddnm` with `ddpm`. Needs A+ and the spectrum.
+    with std^2 the variance of q(x_s | x_t, x0) and a the weight of x0 in its mean: the noise of y takes the place of the
+    sampler's. sigma_y = 0 is `ddnm` with `ddpm`. Needs A+ and the spectrum.
     """
     _nonnegative("ddnm_plus", sigma_y)
 
@@ -278,18 +278,15 @@ def ddnm_plus(schedule: Schedule, operator: Operator, y: Array, sigma_y: ArrayLi
         p = denoise(x, t)
         mean, variance = q_posterior(schedule, x, p.x0, t, s)
         a = schedule(s).alpha * transition(schedule, t, s)[1] / schedule(t).sigma ** 2
-        noise_y = a * jnp.asarray(sigma_y, a.dtype)
-        r = _gap("ddnm_plus", operator, y, p.x0)
+        std, by_y = jnp.sqrt(variance), a * jnp.asarray(sigma_y, a.dtype)
 
         def trust(v: Array) -> Array:
-            std, by_y = jnp.sqrt(variance).astype(v.dtype), noise_y.astype(v.dtype)
-            return jnp.where(by_y > 0, jnp.minimum(1, divide(std * v, by_y)), 1)
+            return jnp.minimum(1, divide(_lead(std, v) * v, _lead(by_y, v), math.inf))
 
         def spread(v: Array) -> Array:
-            taken = divide(noise_y.astype(v.dtype) * trust(v), v) ** 2
-            return jnp.sqrt(jnp.maximum(variance.astype(v.dtype) - taken, 0))
+            return jnp.sqrt(jnp.maximum(_lead(std, v) ** 2 - divide(_lead(by_y, v) * trust(v), v) ** 2, 0))
 
-        y_s = mean + bcast(a, x) * operator.spectral(trust, r)
+        y_s = mean + bcast(a, x) * operator.spectral(trust, _gap("ddnm_plus", operator, y, p.x0))
         return y_s + operator.spectral(spread, noise(key, x, t, s)), state
 
     return memoryless(step)
@@ -322,7 +319,7 @@ def ddrm(
         p, (alpha, sigma) = denoise(x, t), schedule(s)
 
         def levels(v: Array) -> tuple[Array, Array]:
-            return (sigma / alpha).astype(v.dtype), divide(jnp.asarray(sigma_y, v.dtype), v)  # sigma~, sigma_y / s
+            return _lead(sigma / alpha, v), divide(jnp.asarray(sigma_y, v.dtype), v)  # sigma~, sigma_y / s
 
         def toward(v: Array) -> Array:
             level, by_y = levels(v)
@@ -362,10 +359,10 @@ Twist = Callable[[Array, Array], Array]
 
 
 class Particles(NamedTuple):
-    """Weighted samples of p(x0 | y).
+    """Weighted samples x: f[n *d] of p(x0 | y); the exponentials of log_weights: f[n] sum to 1.
 
-    x: f[n *d]; log_weights: f[n], their exponentials sum to 1; ess: f[steps + 1], the effective sample size before each
-    step's resampling and at the end; log_evidence: f[], the estimate of log p(y), whose exponential is unbiased.
+    ess: f[steps + 1], the effective sample size before each resampling and at the end; log_evidence: f[], the estimate
+    of log p(y), whose exponential is unbiased.
     """
 
     x: Array
@@ -423,11 +420,10 @@ def twisted_smc(
     Each particle takes a step of `ddpm` (of that variance) whose mean is moved by variance times grad_x log twist, and
     is weighted by prior step x new twist / (moved step x old twist); they are resampled where the effective sample size
     falls below threshold n. For n -> infinity the particles follow p(x0) p(y | x0) / p(y) with p(x0) the law of `ddpm`
-    on this grid, for any twist that ends as p(y | x0).
+    on this grid, for any twist that ends as p(y | x0). One evaluation and its gradient a step.
 
-    x: f[n *d] are draws of `prior`, one for each particle; all share one measurement and one condition. One evaluation
-    and its gradient a step. ValueError for fewer than 2 particles, and for a `[b]` array of keys: the particles are not
-    independent.
+    x: f[n *d] are draws of `prior`; all particles share one measurement and one condition. ValueError for fewer than 2,
+    and for a `[b]` array of keys: they are not independent.
     """
     n = x.shape[0]
     if variance not in ("small", "large"):
@@ -535,9 +531,8 @@ def _solve(name: str, operator: Operator, y: Array, x0: Array, sigma_y: ArrayLik
         return operator.spectral(share, _gap(name, operator, y, x0))
     seen = operator.apply(x0)
     r = _fit(name, operator, y, seen) - seen
-    return operator.adjoint(
-        _conjugate_gradients(lambda u: operator.apply(operator.adjoint(u)) + bcast(rho, u) * u, r, 50)
-    )
+    u = _conjugate_gradients(lambda u: operator.apply(operator.adjoint(u)) + bcast(rho, u) * u, r, 50)
+    return operator.adjoint(u)
 
 
 def _linearised(

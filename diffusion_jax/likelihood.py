@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.forward import q_sample
-from diffusion_jax.ops import bcast, fold, is_batched, is_concrete, normal_like
+from diffusion_jax.ops import bcast, dot, fold, is_batched, is_concrete, normal_like, wide
 from diffusion_jax.schedules import inverse_logsnr, logsnr, rates
 from diffusion_jax.typing import AlphaSigma, Array, Cond, Denoiser, Key, Prediction, Schedule
 
@@ -90,7 +90,7 @@ def ode_log_density(
         raise ValueError(f"ode_log_density: probes of shape {probes.shape} for x of shape {x.shape}: expected [n, *x]")
     up = _check_times("ode_log_density", times)[::-1]
     n_s, n_T = jnp.hypot(*schedule(up[0])), jnp.hypot(*schedule(up[-1]))
-    y = _at_least_float32(x)
+    y = x.astype(wide(x))
     state = y / bcast(n_s, y), jnp.zeros(len(y), y.dtype)
     field = partial(_field, denoiser, schedule, x.dtype, chunk)
     if tolerance is None:
@@ -114,7 +114,7 @@ def hutchinson_probes(key: Key, x: Array, n: int, kind: Literal["rademacher", "g
     """
     if n < 1 or kind not in ("rademacher", "gaussian"):
         raise ValueError(f"hutchinson_probes: n >= 1 and kind 'rademacher' or 'gaussian', got {n} and {kind!r}")
-    z = _draws(key, _at_least_float32(x), n)
+    z = _draws(key, x.astype(wide(x)), n)
     return z if kind == "gaussian" else jnp.where(z < 0, -1, 1).astype(z.dtype)
 
 
@@ -427,12 +427,13 @@ def _noised(
     """The prediction from x_t, and the squared error of v of each element, eq. (3)."""
     at = schedule(t)
     prediction = denoiser(q_sample(schedule, x0, t, eps), jnp.broadcast_to(t, x0.shape[:1]), cond)
-    return prediction, _at_least_float32(_velocity(at, prediction) - _velocity(at, Prediction(x0, eps))) ** 2
+    error = _velocity(at, prediction) - _velocity(at, Prediction(x0, eps))
+    return prediction, error.astype(wide(error)) ** 2
 
 
 def _prior_kl(schedule: Schedule, x0: Array, t: Array) -> Array:
     """KL(N(alpha_t x0, sigma_t^2) || N(0, sigma_t^2)): f32[b]."""
-    squares = _sum(_at_least_float32(x0) ** 2)
+    squares = dot(x0, x0)
     return 0.5 * bcast(jnp.exp(logsnr(schedule, t)), squares) * squares
 
 
@@ -459,7 +460,7 @@ def _draws(key: Key, x: Array, n: int) -> Array:
 def _rotations(key: Key, x0: Array, n: int) -> Array:
     """Uniform up to signs, f32[n b d d], by reflections (Stewart 1980): QR of jaxlib can hang in loops on the CPU."""
     d = math.prod(x0.shape[1:])
-    g = _draws(key, jnp.zeros((len(x0), d, d), _at_least_float32(x0).dtype), n)
+    g = _draws(key, jnp.zeros((len(x0), d, d), wide(x0)), n)
 
     def reflect(k: Array, q: Array) -> Array:
         v = jnp.where(jnp.reshape(jnp.arange(d) < k, (1, 1, d)), 0, g[:, :, k])
@@ -491,11 +492,7 @@ def _logsnr_of_angle(angle: Array) -> Array:
 
 
 def _sum(x: Array) -> Array:
-    return jnp.sum(jnp.reshape(_at_least_float32(x), (len(x), -1)), axis=1)
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+    return jnp.sum(jnp.reshape(x.astype(wide(x)), (len(x), -1)), axis=1)
 
 
 def _check_times(name: str, times: Array) -> Array:

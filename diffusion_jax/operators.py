@@ -215,9 +215,9 @@ _LUMINANCE = bytes.fromhex(  # ITU-T T.81, table K.1: quantisation steps of lumi
 def jpeg(quality: int = 50) -> Operator:
     """JPEG without its colour transform: rounded cosine coefficients of 8 x 8 blocks, [b h w c] -> the same shape.
 
-    x in [-1, 1] are 8-bit values around 0, y integers. The pseudo-inverse decodes (Kawar et al. 2022, arXiv:2209.11888).
-    Rounding has derivative 0: methods that differentiate A (DPS, TMPD, MMPS) do nothing. The quality scales the
-    luminance table of ITU-T T.81 as in libjpeg.
+    x in [-1, 1] are 8-bit values around 0, y integers; A+ decodes (Kawar et al. 2022, arXiv:2209.11888). Rounding has
+    derivative 0: methods that differentiate A (DPS, TMPD, MMPS) do nothing. The quality scales ITU-T T.81's table of
+    luminance as in libjpeg.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"jpeg: quality between 1 and 100, got {quality}")

@@ -100,20 +100,10 @@ def to_velocity(schedule: Schedule, prediction: Prediction, t: Array) -> Array:
     return bcast(d_alpha, prediction.x0) * prediction.x0 + bcast(d_sigma, prediction.x0) * prediction.eps
 
 
-FROM: dict[str, Callable[[Schedule, Array, Array, Array], Prediction]] = {
-    "x0": from_x0,
-    "eps": from_eps,
-    "score": from_score,
-    "v": from_v,
-    "velocity": from_velocity,
-}
-TO: dict[str, Callable[[Schedule, Prediction, Array], Array]] = {
-    "x0": to_x0,
-    "eps": to_eps,
-    "score": to_score,
-    "v": to_v,
-    "velocity": to_velocity,
-}
+Reader = Callable[[Schedule, Array, Array, Array], Prediction]
+Writer = Callable[[Schedule, Prediction, Array], Array]
+FROM: dict[str, Reader] = {"x0": from_x0, "eps": from_eps, "score": from_score, "v": from_v, "velocity": from_velocity}
+TO: dict[str, Writer] = {"x0": to_x0, "eps": to_eps, "score": to_score, "v": to_v, "velocity": to_velocity}
 
 
 def lookup(table: dict, name: str) -> Callable:
