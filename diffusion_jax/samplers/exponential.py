@@ -184,7 +184,7 @@ def multistep(
     length = max(order - 1, order if corrector else 0, corrector - 1)
 
     def init(x: Array) -> History:
-        return History((jnp.zeros_like(x),) * length, jnp.full((length,), -jnp.inf), jnp.zeros(()))
+        return History((jnp.zeros_like(x),) * length, jnp.zeros((length,)) - jnp.inf, jnp.zeros(()))
 
     def correction(value: Array, t: Array, lam: Array, past: Array, state: History) -> Array:
         """What eq. (8) adds to x_t."""
