@@ -86,12 +86,12 @@ def flow(name: str, dtype: type, tolerance: float | None = None, probes: int | N
 def immse(name: str, dtype: type, n: int = 8, pairs: int = 12, repeats: int = 6) -> Row:
     """The I-MMSE integral by a Gauss-Legendre rule in the quantiles of log SNR."""
     (law, x), schedule = centred(n, dtype), PROBLEMS[name].schedule
-    denoiser, rule, times = mixtures.denoiser(law, schedule), likelihood.legendre(QUANTILES), ends(name, dtype)
+    denoiser, rule, times = mixtures.denoiser(law, schedule), likelihood.unit_rule(QUANTILES), ends(name, dtype)
 
     @jax.jit
     def run(x: Array, key: Array) -> Array:
         noise = likelihood.frames(pairs)
-        return likelihood.immse_log_density(key, denoiser, schedule, x, times, rule=rule, noise=noise, chunk=16)
+        return likelihood.immse_log_density(key, denoiser, schedule, x, times, rule=rule, noise=noise)
 
     keys = jax.random.split(jax.random.key(0), repeats)
     errors = per_dim(np.stack([run(jnp.asarray(x), key) for key in keys]), law, x)
@@ -144,7 +144,7 @@ def segmented(keys: Array, denoiser: Denoiser, schedule: Schedule, x: Array, tim
         repeat, i = index
         key = jax.random.fold_in(keys[repeat], i)
         noise = lambda _, x: likelihood.frames(1)(key, x)  # noqa: E731
-        return likelihood.vlb(key, denoiser, schedule, x, segments[i], noise=noise, chunk=16)
+        return likelihood.vlb(key, denoiser, schedule, x, segments[i], noise=noise)
 
     outer = jnp.asarray([i for i in range(SEGMENTS) if i not in MIDDLE])
     once = jax.lax.map(terms, (jnp.zeros_like(outer), outer))

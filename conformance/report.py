@@ -99,8 +99,9 @@ def sampler_cells(row: Row) -> dict[str, str]:
     for name, law in row.get("laws", {}).items():
         cells[f"{name} steps"] = str(law["steps"] or "-")
         cells[f"{name} mean, covariance"] = f"{law['mean_error']:.3f}, {law['covariance_error']:.3f}"
-        cells[f"{name} p: KS, MMD"] = f"{number(law['ks'])}, {number(law['mmd'])}"
-    return cells | {"holds": "**no**: " + "; ".join(row["misses"]) if row["misses"] else "yes"}
+        cells[f"{name} p: KS, MMD"] = ", ".join("< 1e-4" if law[k] < 1e-4 else f"{law[k]:.2g}" for k in ("ks", "mmd"))
+    held = "yes" if row.get("claims_law", True) else "yes, without a claim to the law"
+    return cells | {"holds": "**no**: " + "; ".join(row["misses"]) if row["misses"] else held}
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -269,8 +269,8 @@ def ddnm_plus(schedule: Schedule, operator: Operator, y: Array, sigma_y: ArrayLi
     x0^ + V l(S) V^T A+ r,   noise of variance V g(S) V^T,
     l(s) = min(1, std s / (a sigma_y)),   g(s) = std^2 - (a l(s) sigma_y / s)^2 for s > 0, and std^2 for s = 0
 
-    with std^2 the variance of q(x_s | x_t, x0) and a the weight of x0 in its mean: the noise of y takes the place of the
-    sampler's. sigma_y = 0 is `ddnm` with `ddpm`. Needs A+ and the spectrum.
+    with std^2 the variance of q(x_s | x_t, x0) and a the weight of x0 in its mean: the noise of y takes the place of
+    the sampler's. sigma_y = 0 is `ddnm` with `ddpm`. Needs A+ and the spectrum.
     """
     _nonnegative("ddnm_plus", sigma_y)
 
@@ -286,8 +286,8 @@ def ddnm_plus(schedule: Schedule, operator: Operator, y: Array, sigma_y: ArrayLi
         def spread(v: Array) -> Array:
             return jnp.sqrt(jnp.maximum(_lead(std, v) ** 2 - divide(_lead(by_y, v) * trust(v), v) ** 2, 0))
 
-        y_s = mean + bcast(a, x) * operator.spectral(trust, _gap("ddnm_plus", operator, y, p.x0))
-        return y_s + operator.spectral(spread, noise(key, x, t, s)), state
+        mean = mean + bcast(a, x) * operator.spectral(trust, _gap("ddnm_plus", operator, y, p.x0))
+        return mean + operator.spectral(spread, noise(key, x, t, s)), state
 
     return memoryless(step)
 

@@ -36,9 +36,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.stats import norm
 
 from diffusion_jax.forward import q_sample
-from diffusion_jax.ops import bcast, dot, fold, is_batched, is_concrete, normal_like, wide
+from diffusion_jax.ops import bcast, dot, fold, is_concrete, normal_like, wide
 from diffusion_jax.schedules import inverse_logsnr, logsnr, rates
 from diffusion_jax.typing import AlphaSigma, Array, Cond, Denoiser, Key, Prediction, Schedule
 
@@ -46,8 +47,6 @@ EIGHT_BIT = 2 / 255
 """Width of a bin of 8-bit data in [-1, 1], value / 127.5 - 1."""
 NoiseRule = Callable[[Key, Array], tuple[Array, Array]]
 """(key, x0: f32[b *d]) -> eps: f32[m b *d] and weight: f32[m], so that E f(eps) ~ sum_j weight_j f(eps_j)."""
-UnitRule = tuple[Array, Array]
-"""Nodes in (0, 1) and weights, f32[m] each: int_0^1 f(u) du ~ sum_j weight_j f(u_j)."""
 Decoder = Callable[[Array, Array, Array], Array]
 """(x0, mean, log_std) -> log p(x0) of every element: f32[b *d] all."""
 Dequantiser = Callable[[Key, Array], tuple[Array, Array]]
@@ -120,7 +119,7 @@ def hutchinson_probes(key: Key, x: Array, n: int, kind: Literal["rademacher", "g
 
 def prior_log_density(schedule: Schedule, x: Array, t: Array, data_variance: float = 0.0) -> Array:
     """Log density of N(0, sigma_t^2 + alpha_t^2 data_variance) at x: f32[b]; with 0, of `forward.prior`. t: f32[]."""
-    (alpha, sigma), squares = schedule(t), _sum(x**2)
+    (alpha, sigma), squares = schedule(t), dot(x, x)
     variance = bcast(sigma**2 + alpha**2 * data_variance, squares)
     return -0.5 * (squares / variance + math.prod(x.shape[1:]) * jnp.log(2 * math.pi * variance))
 
@@ -176,9 +175,8 @@ def vlb(
     *,
     noise: NoiseRule,
     decoder: Decoder | None = None,
-    chunk: int = 64,
 ) -> Terms:
-    """The variational bound (4) term by term, each with noise of its own, `chunk` nodes at once; times: f32[n + 1].
+    """The variational bound (4) term by term, each with noise of its own; times: f32[n + 1].
 
     The reverse step has the variance of the posterior, or the one that the denoiser learned (`variance_fraction`).
     At times[-1] x0 is decoded from N(x0_hat, (sigma / alpha)^2): as a density, or, with
@@ -199,18 +197,15 @@ def vlb(
 
         def kl(eps: Array) -> Array:
             prediction, error = _noised(denoiser, schedule, x0, t, eps, cond)
-            v = prediction.variance_fraction
-            if v is None:
-                return 0.5 * _sum(bcast(gain, error) * error)
-            wider = bcast(widest, error) * v.astype(error.dtype)  # log variance of p over that of q
+            v = 0.0 if prediction.variance_fraction is None else prediction.variance_fraction.astype(error.dtype)
+            wider = bcast(widest, error) * v  # log variance of p over that of q
             return 0.5 * _sum(wider + jnp.expm1(-wider) + jnp.exp(-wider) * bcast(gain, error) * error)
 
-        return _mean(kl, noise(fold(key, i), x0), chunk)
+        return _mean(kl, noise(fold(key, i), x0))
 
     terms = jax.lax.map(diffusion, (jnp.arange(n), times[:-1], times[1:]))
-    nodes = noise(fold(key, n), x0)
-    end = _mean(lambda eps: _reconstruction(denoiser, schedule, x0, times[-1], eps, cond, decoder), nodes, chunk)
-    return Terms(_prior_kl(schedule, x0, times[0]), terms, end)
+    decode = partial(_reconstruction, denoiser, schedule, x0, times[-1], cond, decoder)
+    return Terms(_prior_kl(schedule, x0, times[0]), terms, _mean(decode, noise(fold(key, n), x0)))
 
 
 def vdm_loss(denoiser: Denoiser, schedule: Schedule, x0: Array, t: Array, eps: Array, cond: Cond = None) -> Array:
@@ -246,21 +241,18 @@ def vdm_bound(
 
     def draw(i: Array) -> Array:
         k = fold(key, i)
-        eps, u = normal_like(fold(k, 0), x0), _uniform_like(fold(k, 1), jnp.zeros(len(x0), times.dtype))
+        eps, u = normal_like(fold(k, 0), x0), norm.cdf(normal_like(fold(k, 1), jnp.zeros(len(x0), times.dtype)))
         loss = vdm_loss(denoiser, schedule, x0, high - (high - low) * u, eps, cond)
-        return bcast(high - low, loss) * loss + _reconstruction(denoiser, schedule, x0, low, eps, cond, decoder)
+        return bcast(high - low, loss) * loss + _reconstruction(denoiser, schedule, x0, low, cond, decoder, eps)
 
     return _prior_kl(schedule, x0, high)[None] + jax.lax.map(draw, jnp.arange(draws))
 
 
-def legendre(n: int) -> UnitRule:
-    """The Gauss-Legendre rule of n nodes."""
-    u, w = np.polynomial.legendre.leggauss(n)
-    return jnp.asarray((u + 1) / 2, jnp.result_type(float)), jnp.asarray(w / 2, jnp.result_type(float))
-
-
-def stratified(key: Key, n: int) -> UnitRule:
-    """One uniform draw in each of n equal cells: unbiased."""
+def unit_rule(n: int, key: Key | None = None) -> tuple[Array, Array]:
+    """Nodes and weights on (0, 1), f32[n] each: Gauss-Legendre, or, with a key, a draw in each of n cells, unbiased."""
+    if key is None:
+        u, w = np.polynomial.legendre.leggauss(n)
+        return jnp.asarray((u + 1) / 2, jnp.result_type(float)), jnp.asarray(w / 2, jnp.result_type(float))
     u = jax.random.uniform(key, (n,))
     return (jnp.arange(n, dtype=u.dtype) + u) / n, jnp.full(n, 1 / n, u.dtype)
 
@@ -273,16 +265,14 @@ def immse_log_density(
     times: Array,
     cond: Cond = None,
     *,
-    rule: UnitRule,
+    rule: tuple[Array, Array],
     noise: NoiseRule,
-    chunk: int = 64,
 ) -> Array:
     """log p(x0) by eq. (7) with u = S(l) for l between the ends of times: f32[b].
 
-    `rule` is for u: `legendre(n)` for a quadrature, `stratified(key, n)` for importance sampling with logistic l. Past
-    times[0] the integral is the prior's divergence, and past times[-1] E - d falls as 1 / SNR: this leaves out what is
-    of second order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that.
-    `noise` and `chunk` are as in `vlb`.
+    `rule` is for u: `unit_rule(n)` for a quadrature, with a key for importance sampling with logistic l. Past times[0]
+    the integral is the prior's divergence, and past times[-1] E - d falls as 1 / SNR: this leaves out what is of second
+    order in SNR and in 1 / SNR. Of another denoiser than the best one it is a lower bound, up to that.
     """
     times = _check_times("immse_log_density", times)[jnp.asarray([0, -1])]
     (u, weight), (first, last), d = rule, logsnr(schedule, times), math.prod(x0.shape[1:])
@@ -292,8 +282,8 @@ def immse_log_density(
     t = jnp.append(inverse_logsnr(schedule, l_t, times[1], times[0]), times[1])
 
     def error(step: tuple[Array, Array]) -> Array:
-        nodes = noise(fold(key, step[0]), x0)
-        return _mean(lambda eps: _sum(_noised(denoiser, schedule, x0, step[1], eps, cond)[1]), nodes, chunk)
+        i, t = step
+        return _mean(lambda eps: _sum(_noised(denoiser, schedule, x0, t, eps, cond)[1]), noise(fold(key, i), x0))
 
     errors = jax.lax.map(error, (jnp.arange(len(t)), t))
     integral = jnp.tensordot((span * weight / below).astype(errors.dtype), d - errors[:-1], 1)
@@ -333,7 +323,7 @@ def uniform_dequantiser(bin_width: float) -> Dequantiser:
 
     def dequantise(key: Key, x: Array) -> tuple[Array, Array]:
         log_q = -math.prod(x.shape[1:]) * math.log(bin_width)
-        return x + bin_width * (_uniform_like(key, x) - 0.5), jnp.full(len(x), log_q)
+        return x + bin_width * (norm.cdf(normal_like(key, x)) - 0.5), jnp.full(len(x), log_q)
 
     return dequantise
 
@@ -368,21 +358,20 @@ def _field(
 
         v, push = jax.linearize(v_hat, y)
 
-        def along(u: Array) -> Array:
-            return _sum(u * push(u))
-
         def diagonal(i: Array) -> Array:
-            return along(jnp.broadcast_to(jnp.reshape(jnp.arange(d) == i, y.shape[1:]), y.shape).astype(y.dtype))
+            unit = jnp.reshape(jnp.arange(d) == i, y.shape[1:]).astype(y.dtype)
+            return dot(jnp.broadcast_to(unit, y.shape), push(jnp.broadcast_to(unit, y.shape)))
 
-        if probes is not None:
-            return v, jnp.mean(jax.lax.map(along, probes, batch_size=min(chunk, len(probes))), axis=0)
-        return v, jnp.sum(jax.lax.map(diagonal, jnp.arange(d), batch_size=min(chunk, d)), axis=0)
+        if probes is None:
+            return v, jnp.sum(jax.lax.map(diagonal, jnp.arange(d), batch_size=min(chunk, d)), axis=0)
+        along = jax.lax.map(lambda u: dot(u, push(u)), probes, batch_size=min(chunk, len(probes)))
+        return v, jnp.mean(along, axis=0)
 
     return field
 
 
 def _runge_kutta(field: Field, schedule: Schedule, state: State, up: Array) -> State:
-    angle = _angle(schedule(up))
+    angle = jnp.arctan2(*schedule(up)[::-1])
     middle = inverse_logsnr(schedule, _logsnr_of_angle((angle[1:] + angle[:-1]) / 2), up[:-1], up[1:])
 
     def add(a: State, c: Array, b: State) -> State:
@@ -409,16 +398,13 @@ def _adaptive(
     def rate(angle: Any, state: State, _: None) -> State:
         return field(state, inverse_logsnr(schedule, _logsnr_of_angle(angle), up[0], up[-1]))
 
-    def norm(errors: State) -> Array:
-        return jnp.maximum(*(jnp.sqrt(jnp.mean(e**2)) for e in errors))
-
-    (low, high), control = _angle(schedule(up[jnp.asarray([0, -1])])), diffrax.PIDController(*tolerance, norm=norm)
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(rate), diffrax.Dopri5(), low, high, None, state, stepsize_controller=control, throw=False
-    )
-    y, trace = jax.tree.map(lambda a: a[0], solution.ys)
-    done = solution.result == diffrax.RESULTS.successful
-    return y, jnp.where(done, trace, jnp.nan), jnp.full(1, solution.stats["num_steps"], jnp.int32)
+    low, high = jnp.arctan2(*schedule(up[jnp.asarray([0, -1])])[::-1])
+    solver, term = diffrax.Dopri5(), diffrax.ODETerm(rate)
+    control = diffrax.PIDController(*tolerance, norm=lambda e: jnp.maximum(*(jnp.sqrt(jnp.mean(a**2)) for a in e)))
+    out = diffrax.diffeqsolve(term, solver, low, high, None, state, stepsize_controller=control, throw=False)
+    y, trace = jax.tree.map(lambda a: a[0], out.ys)
+    done = out.result == diffrax.RESULTS.successful
+    return y, jnp.where(done, trace, jnp.nan), jnp.full(1, out.stats["num_steps"], jnp.int32)
 
 
 def _noised(
@@ -438,7 +424,7 @@ def _prior_kl(schedule: Schedule, x0: Array, t: Array) -> Array:
 
 
 def _reconstruction(
-    denoiser: Denoiser, schedule: Schedule, x0: Array, t: Array, eps: Array, cond: Cond, decoder: Decoder | None
+    denoiser: Denoiser, schedule: Schedule, x0: Array, t: Array, cond: Cond, decoder: Decoder | None, eps: Array
 ) -> Array:
     """-log p(x0 | x_t): f32[b]; without a decoder that of a Gaussian, by eq. (3)."""
     prediction, error = _noised(denoiser, schedule, x0, t, eps, cond)
@@ -448,8 +434,8 @@ def _reconstruction(
     return 0.5 * _sum(jax.nn.sigmoid(l_t) * error + math.log(2 * math.pi) - l_t)
 
 
-def _mean(f: Callable[[Array], Array], nodes: tuple[Array, Array], chunk: int) -> Array:
-    values = jax.lax.map(f, nodes[0], batch_size=min(chunk, len(nodes[0])))
+def _mean(f: Callable[[Array], Array], nodes: tuple[Array, Array]) -> Array:
+    values = jax.lax.map(f, nodes[0], batch_size=min(16, len(nodes[0])))
     return jnp.tensordot(nodes[1].astype(values.dtype), values, 1)
 
 
@@ -464,27 +450,16 @@ def _rotations(key: Key, x0: Array, n: int) -> Array:
 
     def reflect(k: Array, q: Array) -> Array:
         v = jnp.where(jnp.reshape(jnp.arange(d) < k, (1, 1, d)), 0, g[:, :, k])
-        norm = jnp.linalg.norm(v, axis=-1)
-        v = v.at[:, :, k].add(jnp.where(v[:, :, k] < 0, -norm, norm))
+        v = v.at[:, :, k].add(jnp.copysign(jnp.linalg.norm(v, axis=-1), v[:, :, k]))
         v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
         return q - 2 * jnp.einsum("nbij,nbj,nbk->nbik", q, v, v)
 
     return jax.lax.fori_loop(0, d, reflect, jnp.broadcast_to(jnp.eye(d, dtype=g.dtype), g.shape))
 
 
-def _uniform_like(key: Key, x: Array) -> Array:
-    if is_batched(key):
-        return jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype))(key)
-    return jax.random.uniform(key, x.shape, x.dtype)
-
-
 def _velocity(at: AlphaSigma, prediction: Prediction) -> Array:
     (x0, eps), n = prediction[:2], jnp.hypot(*at)
     return bcast(at.alpha / n, eps) * eps - bcast(at.sigma / n, x0) * x0
-
-
-def _angle(at: AlphaSigma) -> Array:
-    return jnp.arctan2(at.sigma, at.alpha)
 
 
 def _logsnr_of_angle(angle: Array) -> Array:

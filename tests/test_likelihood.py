@@ -217,7 +217,7 @@ def test_every_likelihood_takes_every_shape():
     """Points, audio, images, video: as if flattened. Here each likelihood runs once, and chunks change nothing."""
     schedule, d = dj.rectified(), 6
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, d)), jnp.float32)
-    key, times, rule = jax.random.key(0), dj.uniform(4, 1.0, 0.05), lk.legendre(3)
+    key, times, rule = jax.random.key(0), dj.uniform(4, 1.0, 0.05), lk.unit_rule(3)
     eps = jax.random.normal(key, (2, d))
 
     def all_of(shape, chunk):
@@ -227,8 +227,8 @@ def test_every_likelihood_takes_every_shape():
         noise = single(jnp.reshape(eps, shape))
         return (
             lk.ode_log_density(denoiser, schedule, y, times, chunk=chunk).log_density,
-            lk.vlb(key, denoiser, schedule, y, times, noise=noise, chunk=chunk),
-            lk.immse_log_density(key, denoiser, schedule, y, times, rule=rule, noise=noise, chunk=chunk),
+            lk.vlb(key, denoiser, schedule, y, times, noise=noise),
+            lk.immse_log_density(key, denoiser, schedule, y, times, rule=rule, noise=noise),
         )
 
     points, *others = jax.jit(lambda: [all_of((2, 6), 64), all_of((2, 3, 2), 4), all_of((2, 1, 3, 2, 1), 1)])()
@@ -246,7 +246,7 @@ def test_bfloat16_examples_keep_a_float32_likelihood():
     def run(x):
         return (
             lk.ode_log_density(denoiser, schedule, x, times).log_density,
-            lk.immse_log_density(key, denoiser, schedule, x, times, rule=lk.legendre(16), noise=noise),
+            lk.immse_log_density(key, denoiser, schedule, x, times, rule=lk.unit_rule(16), noise=noise),
         )
 
     values = run(x)
@@ -454,7 +454,7 @@ def vdm_moments(eta):
     """Mean of the loss and of its square over t, eps and two points of a mixture, by quadrature."""
     schedule, x0 = curved(eta), jnp.asarray([[0.3], [-1.2]])
     mixture = Mixture(np.array([0.3, 0.7]), np.array([[1.0], [-0.5]]), np.array([[0.1], [0.05]]))
-    (t, w_t), (eps, w_eps) = lk.legendre(80), hermite(40)(None, x0)
+    (t, w_t), (eps, w_eps) = lk.unit_rule(80), hermite(40)(None, x0)
 
     def loss(t, eps):
         denoiser = mixtures.denoiser(mixture, schedule)
@@ -506,7 +506,7 @@ def test_immse_is_exact_point_by_point_and_second_order_in_its_ends(x64):
 
     @jax.jit
     def run(x, times):
-        return lk.immse_log_density(key, denoiser, schedule, x, times, rule=lk.legendre(60), noise=hermite(24))
+        return lk.immse_log_density(key, denoiser, schedule, x, times, rule=lk.unit_rule(60), noise=hermite(24))
 
     errors = {}
     for small in (0.1, 0.05, 0.025):
@@ -524,7 +524,7 @@ def test_importance_sampled_immse_is_unbiased(x64):
     denoiser = mixtures.denoiser(mixtures.gaussian(np.zeros(2), v), schedule)
 
     def run(key):
-        rule, noise = lk.stratified(key, 4), lk.frames(1)
+        rule, noise = lk.unit_rule(4, key), lk.frames(1)
         return lk.immse_log_density(key, denoiser, schedule, jnp.asarray(x), times, rule=rule, noise=noise)
 
     values = jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(jax.random.key(1), 400))
@@ -537,7 +537,7 @@ def test_a_wrong_denoiser_can_only_lower_it(x64):
     wrong, times = mixtures.denoiser(mixture._replace(means=0.7 * mixture.means), schedule), jnp.asarray([1.0, 0.01])
     run = jax.jit(
         lambda x: lk.immse_log_density(
-            jax.random.key(0), wrong, schedule, x, times, rule=lk.legendre(40), noise=hermite(16)
+            jax.random.key(0), wrong, schedule, x, times, rule=lk.unit_rule(40), noise=hermite(16)
         )
     )
     assert np.mean(run(x)) < np.mean(exact(mixture, x)) - 1e-3
@@ -612,7 +612,7 @@ def test_flow_and_immse_agree():
     flow = jax.jit(lambda x: lk.ode_log_density(denoiser, schedule, x, grid("vp_linear", 32)).log_density)
     times, noise = jnp.asarray([1.0, end]), lk.frames(64)
     immse = jax.jit(
-        lambda k, x: lk.immse_log_density(k, denoiser, schedule, x, times, rule=lk.legendre(16), noise=noise)
+        lambda k, x: lk.immse_log_density(k, denoiser, schedule, x, times, rule=lk.unit_rule(16), noise=noise)
     )
     truth, x = exact(mixture, x) / 8, jnp.asarray(x)
     np.testing.assert_allclose(flow(x) / 8, truth, atol=1e-4)
