@@ -23,6 +23,8 @@ from diffusion_jax.typing import Array, Denoiser, Key, Sampler, Schedule
 
 D, MEASUREMENTS, SIGMA_Y = 64, 16, 0.3
 SAMPLES, PARTICLES, STEPS = 1000, 8000, 64
+REACHED = 1.5
+"""Samples whose distance is below this many floors reach the sampling floor: of 1000, the modes' shares vary too."""
 
 
 class Problem(NamedTuple):
@@ -205,7 +207,9 @@ def measure(rows: list[tuple[str, str]] | None = None) -> list[dict[str, Any]]:
                 x, evaluations = _counted(run, problem, posterior if method == EXACT else problem.mixture)
                 line = compare(x, posterior, references)
                 head = {"method": method, "operator": operator, "n": SAMPLES, "evaluations": evaluations}
-                table.append(head | line | {"floor": floor, "ratio": line["distance"] / floor, "bias": bias})
+                ratio = line["distance"] / floor
+                ok = ratio < REACHED if method == "twisted_smc" else None  # the others have a bias to show, no claim
+                table.append(head | line | {"floor": floor, "ratio": ratio, "ok": ok, "bias": bias})
     return table
 
 
