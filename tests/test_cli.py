@@ -468,6 +468,7 @@ def test_a_signal_while_the_data_is_loaded(tmp_path, number):
     child = subprocess.Popen(
         [sys.executable, "-m", "diffusion_jax", "train", str(slow), f"runs={tmp_path}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     )  # fmt: skip
     assert child.stdout.readline() == "loading\n"
     start = time.monotonic()
