@@ -17,7 +17,7 @@ import optax
 
 from diffusion_jax.arguments import closest
 from diffusion_jax.denoisers import BoundNet
-from diffusion_jax.training.data import Data
+from diffusion_jax.training.data import Data, Prepare, prepare, to_uint8
 from diffusion_jax.training.ema import Decay
 from diffusion_jax.training.step import Objective
 from diffusion_jax.typing import Array, Cond, Denoiser, InputError, Net, Sampler, Schedule
@@ -27,7 +27,8 @@ from diffusion_jax.typing import Array, Cond, Denoiser, InputError, Net, Sampler
 class Experiment:
     """Everything a run is made of.
 
-    data: loads the data set when called. shape: (h, w, c) of a picture.
+    data: loads the data set when called. shape: of an example, (h, w, c) for pictures. prepare: turns stored examples
+    into x0, decode: turns the model's x into what is kept, u8 for pictures and video.
     read: turns the bound network into a denoiser. objective: the loss of each example.
     times: number of steps -> grid, for sampling with `sampler` in `sample_steps` steps; `guidance` is the default
     scale of classifier-free guidance and `null` the label for "no label" (None: unconditional), which replaces
@@ -38,7 +39,7 @@ class Experiment:
     """
 
     data: Callable[[], Data]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     net: Net
     schedule: Schedule
     read: Callable[[BoundNet], Denoiser]
@@ -57,6 +58,8 @@ class Experiment:
     clip: bool = False
     learned_variance: bool = False
     flip: bool = False
+    prepare: Prepare = prepare
+    decode: Callable[[Array], Array] = to_uint8
     accumulate: int = 1
     dispatch: int = 1
     log_every: int = 100

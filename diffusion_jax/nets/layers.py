@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +263,22 @@ def average_pool(x: Array) -> Array:
     split = [n for size in x.shape[1:-1] for n in (size // 2, 2)]
     paired = jnp.reshape(x, (x.shape[0], *split, x.shape[-1]))
     return jnp.mean(paired, axis=tuple(range(2, paired.ndim - 1, 2)))
+
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass keeps of a block: everything, the results of matrix products and convolutions, its input."""
+
+
+def remat(policy: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of arrays; under `grad` it computes again what the policy does not keep of it.
+
+    Memory for time, a whole block at a time. Arrays that the block closes over, such as its parameters, are kept.
+    """
+    if policy == "none":
+        return block
+    if policy == "full":
+        return jax.checkpoint(block)
+    return jax.checkpoint(block, policy=lambda op, *_, **__: op.name in ("dot_general", "conv_general_dilated"))
 
 
 def default_groups(channels: int) -> int:

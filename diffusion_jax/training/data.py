@@ -202,21 +202,28 @@ def gather(resident: Mapping[str, Array], index: Array) -> dict[str, Array]:
     return {name: array.at[index].get(mode="promise_in_bounds") for name, array in resident.items()}
 
 
-def prepare(images: Array, key: Key | None = None, flip: bool = False) -> Array:
-    """`u8[b,h,w,c] -> f32[b,h,w,c]` in [-1, 1], each example mirrored left to right with probability 1/2 if `flip`.
+Prepare = Callable[[Array, Key | None, bool], Array]
+"""(examples as stored, key or None, whether to mirror at random) -> x0: f32[b *d]."""
 
-    The flips are a function of the key alone; a `[b]` array of keys decides each example by its own.
-    ValueError for pixels that are not uint8 or for flips without a key.
+
+def prepare(images: Array, key: Key | None = None, flip: bool = False) -> Array:
+    """`u8[b *d] -> f32[b *d]` in [-1, 1], each picture mirrored left to right with probability 1/2 if `flip`.
+
+    Floating-point examples, such as sound, are taken as they are. The flips are a function of the key alone; a `[b]`
+    array of keys decides each example by its own. ValueError for other types, or for flips without a key.
     """
-    if images.dtype != jnp.uint8:
-        raise ValueError(f"prepare: pixels must be uint8, got {images.dtype}")
-    x = (2.0 * images.astype(jnp.float32) - 255.0) / 255.0  # one rounding, so that compiled and eager agree to the bit
+    if images.dtype == jnp.uint8:
+        x = (2.0 * images.astype(jnp.float32) - 255.0) / 255.0  # one rounding: compiled and eager agree to the bit
+    elif jnp.issubdtype(images.dtype, jnp.floating):
+        x = images.astype(jnp.float32)
+    else:
+        raise ValueError(f"prepare: pixels must be uint8 or floating-point, got {images.dtype}")
     if not flip:
         return x
     if key is None:
         raise ValueError("prepare: random flips need a key")
     draw = jax.vmap(jax.random.bernoulli)(key) if is_batched(key) else jax.random.bernoulli(key, shape=x.shape[:1])
-    return jnp.where(bcast(draw, x), x[:, :, ::-1], x)
+    return jnp.where(bcast(draw, x), jnp.flip(x, axis=-2), x)
 
 
 def to_uint8(x: Array) -> Array:

@@ -51,7 +51,7 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     params, step = load_averaged(experiment, folder, options["checkpoint"])
     out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}"
     out.mkdir(parents=True, exist_ok=True)
-    pictures = make_pictures(draw, mesh, at_a_time(experiment))
+    pictures = make_pictures(draw, mesh, at_a_time(experiment), experiment.decode)
     parts = pictures(params, options["n"], options["seed"], labels)
     return _write(parts, out, options, labels)
 

@@ -74,7 +74,7 @@ def at_a_time(experiment: Experiment) -> int:
     return min(many, experiment.batch // experiment.accumulate)
 
 
-def make_pictures(draw: Draw, mesh: Mesh, batch: int) -> Pictures:
+def make_pictures(draw: Draw, mesh: Mesh, batch: int, decode: Callable[[Array], Array] = to_uint8) -> Pictures:
     """Pictures of any number, `batch` at a time on each device of a mesh, by one compiled program.
 
     Picture i is made in place i mod `batch` of a batch that is always full, so that neither n nor the number of
@@ -82,7 +82,7 @@ def make_pictures(draw: Draw, mesh: Mesh, batch: int) -> Pictures:
     """
     rows = split_axis(mesh)
     batch *= mesh.shape["data"]
-    program = jax.jit(lambda params, keys, labels: to_uint8(draw(params, keys, labels)), out_shardings=rows)
+    program = jax.jit(lambda params, keys, labels: decode(draw(params, keys, labels)), out_shardings=rows)
 
     def pictures(params: Params, n: int, seed: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
         params = jax.device_put(params, replicated(mesh))

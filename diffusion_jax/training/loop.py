@@ -94,7 +94,7 @@ def fit(
         feed(data.train, experiment.batch, experiment.seed),
         _make_judge(experiment, data, mesh),
         "ema_loss" if data.test is None else "heldout_loss",
-        make_pictures(draw, mesh, at_a_time(experiment)),
+        make_pictures(draw, mesh, at_a_time(experiment), experiment.decode),
     )
     try:
         state, shardings = _start(run, split)
@@ -185,6 +185,7 @@ def _loss_fn(experiment: Experiment, train: bool = True) -> LossFn:
         null=experiment.null,
         drop=experiment.drop,
         flip=experiment.flip,
+        prepare=experiment.prepare,
         train=train,
     )
 

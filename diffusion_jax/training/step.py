@@ -16,7 +16,8 @@ import optax
 from diffusion_jax.denoisers import BoundNet
 from diffusion_jax.ops import fold, normal_like
 from diffusion_jax.times import Draw
-from diffusion_jax.training.data import gather, prepare
+from diffusion_jax.training.data import Prepare, gather
+from diffusion_jax.training.data import prepare as to_x0
 from diffusion_jax.training.ema import Decay, update
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.typing import Array, Cond, Denoiser, Key, Net, Params, Schedule
@@ -76,13 +77,14 @@ def make_loss_fn(
     null: Cond = None,
     drop: float = 0.0,
     flip: bool = False,
+    prepare: Prepare = to_x0,
     train: bool = True,
 ) -> LossFn:
-    """The loss of a batch {"image": u8[b,h,w,c], "label": i32[b]} of pictures.
+    """The loss of a batch {"image": u8[b,h,w,c], "label": i32[b]} of pictures, or of whatever `prepare` makes x0 of.
 
-    `read` turns the bound network into a denoiser. Pictures are scaled to [-1, 1] and, with `flip`, mirrored at
-    random. With `null` given, labels are the condition, and each is replaced by `null` with probability `drop`, which
-    trains the unconditional model for guidance. `train=False` turns off dropout, flips and dropping.
+    `read` turns the bound network into a denoiser. By default pictures are scaled to [-1, 1] and, with `flip`,
+    mirrored at random. With `null` given, labels are the condition, and each is replaced by `null` with probability
+    `drop`, which trains the unconditional model for guidance. `train=False` turns off dropout, flips and dropping.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> Array:
