@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+from diffusion_jax.weights import trees
+
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -31,21 +32,7 @@ def from_diffusers(state: Mapping[str, np.ndarray], params_like: Any) -> dict[st
     source = {_modern(name): value for name, value in state.items()}
     if len(source) != len(state):
         raise ValueError("two weights have the same name once the old attention names are replaced")
-    targets = dict(_leaves(params_like))
-    found: dict[tuple[str, ...], np.ndarray] = {}
-    problems = [f"left over: {name}" for name in sorted(source.keys() - {_name(path) for path in targets})]
-    for path, like in targets.items():
-        if _name(path) not in source:
-            problems.append(f"missing: {_name(path)}")
-            continue
-        value = np.asarray(source[_name(path)])
-        value = _kernel_here(value) if path[-1] == "kernel" else value
-        if value.shape != tuple(like.shape):
-            problems.append(f"shape of {_name(path)}: here {tuple(like.shape)}, there {value.shape} (in our order)")
-        found[path] = np.ascontiguousarray(value, dtype=like.dtype)
-    if problems:
-        raise ValueError("the weights are not those of this network:\n  " + "\n  ".join(problems))
-    return _nested(found)
+    return trees.read(source, params_like, trees.same_names)
 
 
 def to_diffusers(params: Any) -> dict[str, np.ndarray]:
@@ -53,43 +40,8 @@ def to_diffusers(params: Any) -> dict[str, np.ndarray]:
 
     Raises ValueError listing every parameter that has no name there.
     """
-    leaves = dict(_leaves(params))
-    strange = [".".join(path) for path in leaves if path[-1] not in LEAVES]
-    if strange:
-        raise ValueError("parameters without a name in diffusers:\n  " + "\n  ".join(strange))
-    return {
-        _name(path): np.ascontiguousarray(_kernel_there(np.asarray(v)) if path[-1] == "kernel" else np.asarray(v))
-        for path, v in leaves.items()
-    }
-
-
-def _name(path: tuple[str, ...]) -> str:
-    return ".".join([*path[:-1], LEAVES.get(path[-1], path[-1])])
+    return trees.write(params, trees.same_names, "diffusers")
 
 
 def _modern(name: str) -> str:
     return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", name)
-
-
-def _kernel_here(weight: np.ndarray) -> np.ndarray:
-    return np.transpose(weight, (*range(2, weight.ndim), 1, 0))
-
-
-def _kernel_there(kernel: np.ndarray) -> np.ndarray:
-    return np.transpose(kernel, (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)))
-
-
-def _leaves(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    if not isinstance(tree, Mapping):
-        return [(prefix, tree)]
-    return [leaf for name, sub in tree.items() for leaf in _leaves(sub, (*prefix, name))]
-
-
-def _nested(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = value
-    return tree
