@@ -16,19 +16,18 @@ from pathlib import Path
 import jax
 
 from diffusion_jax.__main__ import _set_up_jax
-from diffusion_jax.experiment import find_experiment
+from diffusion_jax.experiment import find_experiment, loss_fn
 from diffusion_jax.training.data import feed
 from diffusion_jax.training.loop import fit
 from diffusion_jax.training.state import init_state
-from diffusion_jax.training.step import make_loss_fn, make_train_step
+from diffusion_jax.training.step import make_train_step
 
 STEPS, PAIRS, SIZE = 80, 5, {"width": 32, "log_every": 10, "sample_every": 0, "checkpoint_every": 0}
 
 
 def bare(experiment, steps: int = 50) -> float:
     """Images a second of the jitted step alone, batches on the device already."""
-    loss = make_loss_fn(experiment.net, experiment.read, experiment.objective, null=experiment.null, drop=0.1)
-    step = jax.jit(make_train_step(loss, experiment.optimizer, experiment.ema), donate_argnums=0)
+    step = jax.jit(make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema), donate_argnums=0)
     state = jax.jit(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))()
     train = experiment.data().train
     rows = feed(train, experiment.batch, 0).next(1)["index"][0]

@@ -19,7 +19,7 @@ from diffusion_jax.arguments import closest
 from diffusion_jax.denoisers import BoundNet
 from diffusion_jax.training.data import Data, Prepare, prepare, to_uint8
 from diffusion_jax.training.ema import Decay
-from diffusion_jax.training.step import Objective
+from diffusion_jax.training.step import LossFn, Objective, make_loss_fn
 from diffusion_jax.typing import Array, Cond, Denoiser, InputError, Net, Sampler, Schedule
 
 
@@ -77,6 +77,20 @@ class Experiment:
             raise InputError(f"batch={self.batch} does not divide into accumulate={self.accumulate} parts")
         if not 0 <= self.drop <= 1:
             raise InputError(f"drop={self.drop}: a probability is between 0 and 1")
+
+
+def loss_fn(experiment: Experiment, train: bool = True) -> LossFn:
+    """The mean loss of a batch, (params, batch, key) -> f32[]: what a run trains on or, without `train`, judges by."""
+    return make_loss_fn(
+        experiment.net,
+        experiment.read,
+        experiment.objective,
+        null=experiment.null,
+        drop=experiment.drop,
+        flip=experiment.flip,
+        prepare=experiment.prepare,
+        train=train,
+    )
 
 
 def check_at_least(low: float, **values: float) -> None:

@@ -12,7 +12,7 @@ import jax, numpy as np
 from diffusion_jax.__main__ import _set_up_jax
 from diffusion_jax.experiment import find_experiment
 _set_up_jax()
-from diffusion_jax.training.loop import _loss_fn
+from diffusion_jax.experiment import loss_fn
 from diffusion_jax.training.state import init_state
 from diffusion_jax.training.step import make_train_step
 experiment = find_experiment("digits")()
@@ -20,7 +20,7 @@ jax.block_until_ready(jax.numpy.zeros(3) + 1)
 start = time.perf_counter()
 state = jax.jit(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))()
 batch = {"image": np.zeros((128, 8, 8, 1), np.uint8), "label": np.zeros(128, np.int32)}
-step = jax.jit(make_train_step(_loss_fn(experiment), experiment.optimizer, experiment.ema), donate_argnums=0)
+step = jax.jit(make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema), donate_argnums=0)
 jax.block_until_ready(step(state, batch))
 print(json.dumps(time.perf_counter() - start))
 """

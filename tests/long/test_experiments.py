@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.experiment import find_experiment
-from diffusion_jax.training.loop import _loss_fn
+from diffusion_jax.experiment import find_experiment, loss_fn
 from diffusion_jax.training.state import init_state
 from diffusion_jax.training.step import make_train_step
 
@@ -41,7 +40,7 @@ def test_every_experiment_makes_a_step(name, more, tmp_path, monkeypatch):
     }
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         step = jax.jit(
-            make_train_step(_loss_fn(experiment), experiment.optimizer, experiment.ema),
+            make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema),
             compiler_options={"xla_backend_optimization_level": 0},
         )
         before = init_state(jax.random.key(0), experiment.net, experiment.optimizer)
