@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.experiment import Experiment
+from diffusion_jax.experiment import Experiment, loss_fn
 from diffusion_jax.training import checkpoint, records
 from diffusion_jax.training.data import Data, Feed, feed, size, take, to_uint8
 from diffusion_jax.training.generate import Pictures, at_a_time, example_keys, make_draw, make_pictures
@@ -32,7 +32,7 @@ from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state
 from diffusion_jax.training.pictures import fitting_scale, grid, save_animation, save_picture
 from diffusion_jax.training.records import Meter
 from diffusion_jax.training.state import TrainState, init_state
-from diffusion_jax.training.step import LossFn, make_dispatch, make_loss_fn, make_train_step
+from diffusion_jax.training.step import make_dispatch, make_train_step
 from diffusion_jax.typing import InputError, Params
 
 JUDGED = 512
@@ -80,7 +80,7 @@ def fit(
     optimizer state are split over them instead of replicated. InputError for what cannot be used, before the long
     compilation; RunError for a loss that is not finite; Interrupted after Ctrl-C or SIGTERM; OSError for a full disk.
     """
-    mesh = make_mesh(devices, experiment.batch // experiment.accumulate)
+    mesh = make_mesh(devices, batch=experiment.batch // experiment.accumulate)
     draw = make_draw(experiment)
     _prepare_folder(folder)
     data = experiment.data()
@@ -167,26 +167,13 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
 
 def _compiled_dispatch(run: _Run, shardings: Any) -> Any:
     experiment = run.experiment
-    step = make_train_step(_loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
+    step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
     whole = replicated(run.mesh)
     return jax.jit(
         make_dispatch(step),
         donate_argnums=0,
         in_shardings=(shardings, whole, split_axis(run.mesh, 1), whole),
         out_shardings=(shardings, whole),
-    )
-
-
-def _loss_fn(experiment: Experiment, train: bool = True) -> LossFn:
-    return make_loss_fn(
-        experiment.net,
-        experiment.read,
-        experiment.objective,
-        null=experiment.null,
-        drop=experiment.drop,
-        flip=experiment.flip,
-        prepare=experiment.prepare,
-        train=train,
     )
 
 
@@ -197,7 +184,7 @@ def _make_judge(experiment: Experiment, data: Data, mesh: Mesh) -> Callable[[Par
     parts = max(1, min(JUDGED, n) // batch)
     chosen = np.resize(np.random.default_rng(0).permutation(n), (parts, batch))
     batches = [jax.device_put(take(source, rows), split_axis(mesh)) for rows in chosen]
-    program = jax.jit(_loss_fn(experiment, train=False))
+    program = jax.jit(loss_fn(experiment, train=False))
 
     def judge(params: Params) -> float:
         return float(np.mean([program(params, b, jax.random.key(i)) for i, b in enumerate(batches)]))

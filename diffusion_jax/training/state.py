@@ -32,6 +32,21 @@ def init_state(key: Key, net: Net, optimizer: optax.GradientTransformation) -> T
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), jax.random.fold_in(key, 1))
 
 
+def dotted(path: tuple[Any, ...]) -> str:
+    """The dotted name of the parameter at a key path, also within a larger tree: what follows the last attribute.
+
+    >>> leaves, _ = jax.tree_util.tree_flatten_with_path((optax.EmptyState(), {"conv": {"kernel": 1}}))
+    >>> [dotted(path) for path, _ in leaves]
+    ['conv.kernel']
+    """
+    names: list[str] = []
+    for entry in reversed(path):
+        if not isinstance(entry, jax.tree_util.DictKey):
+            break
+        names.append(str(entry.key))
+    return ".".join(reversed(names))
+
+
 def parameter_count(net: Net) -> int:
     """Number of scalars in a network's parameters; nothing is computed."""
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
