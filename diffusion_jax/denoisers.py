@@ -57,15 +57,21 @@ def parameterize(
     return denoiser
 
 
-def edm_precondition(net: BoundNet, schedule: Schedule, sigma_data: float = 0.5) -> Denoiser:
-    """A denoiser from a bound network F in EDM's preconditioning, eq. (1)."""
+def edm_precondition(net: BoundNet, schedule: Schedule, sigma_data: float = 0.5, uncertainty: bool = False) -> Denoiser:
+    """A denoiser from a bound network F in EDM's preconditioning, eq. (1).
+
+    With `uncertainty` the last channel of F, constant over the pixels, is u(t) of `uncertainty_loss`.
+    """
 
     def denoiser(x: Array, t: Array, cond: Cond = None) -> Prediction:
         alpha, sigma = schedule(t)
         norm = jnp.sqrt(sigma**2 + (alpha * sigma_data) ** 2)  # alpha times that of (1)
-        out = net(bcast(1 / norm, x) * x, jnp.log(sigma / alpha) / 4, cond)
+        out, u = net(bcast(1 / norm, x) * x, jnp.log(sigma / alpha) / 4, cond), None
+        if uncertainty:
+            out, u = out[..., :-1], jnp.reshape(out[..., -1], (x.shape[0], -1))[:, 0]
         skip = alpha * (sigma_data / norm) ** 2
-        return from_x0(schedule, x, t, bcast(skip, x) * x + bcast(sigma * sigma_data / norm, x) * out)
+        x0 = bcast(skip, x) * x + bcast(sigma * sigma_data / norm, x) * out
+        return from_x0(schedule, x, t, x0)._replace(uncertainty=u)
 
     return denoiser
 

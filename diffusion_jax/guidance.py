@@ -303,7 +303,9 @@ def _unless(
     """plain() where w is neutral for the whole batch, else guided(): decided now if the scale is known now."""
     if not callable(scale) and is_concrete(scale):
         return plain() if np.all(np.asarray(scale) == neutral) else guided()
-    return jax.lax.cond(jnp.all(w == neutral), plain, guided)
+    # A learned uncertainty is that of one model: guidance drops it, on both branches alike.
+    bare = [lambda branch=branch: branch()._replace(uncertainty=None) for branch in (plain, guided)]
+    return jax.lax.cond(jnp.all(w == neutral), *bare)
 
 
 def _each(denoiser: Denoiser, x: Array, t: Array, cond: Cond, *others: Cond) -> list[Prediction]:

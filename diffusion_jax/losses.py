@@ -112,6 +112,7 @@ def denoising_loss(
 ) -> Array:
     """The loss of each example, eq. (1): f32[b]. x0, eps: f32[b *d]; t: f32[b]. Its mean is L_simple by default.
 
+    Where the prediction carries a learned uncertainty it is `uncertainty_loss` of that, which trains both.
     ValueError for an unknown target, and for x0, t and eps (or what the denoiser returns) of shapes that do not match.
     """
     y = lookup(TO, target)
@@ -119,7 +120,8 @@ def denoising_loss(
     prediction = denoiser(q_sample(schedule, x0, t, eps), t, cond)
     check_like("denoising_loss: the denoiser's x0", prediction.x0, x0)
     error = y(schedule, prediction, t) - y(schedule, Prediction(x0, eps), t)
-    return weight(schedule(t)) * mean_per_example(error**2)
+    loss, u = weight(schedule(t)) * mean_per_example(error**2), prediction.uncertainty
+    return loss if u is None else uncertainty_loss(loss, u)
 
 
 def hybrid_loss(

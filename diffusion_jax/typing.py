@@ -39,11 +39,13 @@ class Prediction(NamedTuple):
 
     `variance_fraction` is set only by networks with a learned reverse variance: the place in [0, 1] of the log
     variance between its lower and its upper bound (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+    `uncertainty`, f32[b], only by those that learn the log of their expected loss at t, for `denoising_loss`.
     """
 
     x0: Array
     eps: Array
     variance_fraction: Array | None = None
+    uncertainty: Array | None = None
 
 
 Schedule = Callable[[Array], AlphaSigma]

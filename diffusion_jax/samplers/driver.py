@@ -111,7 +111,7 @@ def ravelled(
     ravel, unravel = jax.vmap(lambda tree: ravel_pytree(tree)[0]), jax.vmap(back)
 
     def flat(x: Array, t: Array, cond: Cond = None) -> Prediction:
-        x0, eps, fraction = denoiser(unravel(x), t, cond)
+        x0, eps, fraction = denoiser(unravel(x), t, cond)[:3]
         return Prediction(ravel(x0), ravel(eps), None if fraction is None else ravel(fraction))
 
     return flat, ravel, unravel
