@@ -189,7 +189,7 @@ def test_missing_data_says_which_files_to_put_where(capsys, tmp_path, monkeypatc
         raise OSError("no network in this test")
 
     monkeypatch.setattr("socket.create_connection", offline)
-    monkeypatch.setattr("diffusion_jax.training.sources._unreachable", lambda urls: "www.cs.toronto.edu")
+    monkeypatch.setattr("diffusion_jax.training.sources.tfds._unreachable", lambda urls: "www.cs.toronto.edu")
     line = fails(capsys, "train", "cifar10", "width=8", f"data_dir={tmp_path}/data", f"runs={tmp_path}/runs")
     assert "cifar-10-binary.tar.gz" in line
     assert str(tmp_path / "data") in line

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion_jax.training import sources, tfds_without_tf
+from diffusion_jax.training import tfds_without_tf
 from diffusion_jax.training.data import batch_indices, epoch_order, feed, gather, prepare, size, to_uint8
-from diffusion_jax.training.sources import digits, image_folder, read_image, tfds_images
+from diffusion_jax.training.sources import digits, folders, image_folder, read_image, tfds, tfds_images
 from diffusion_jax.typing import InputError
 
 laws = settings(deadline=None, max_examples=60, derandomize=True)
@@ -218,9 +219,16 @@ def test_with_a_key_per_example_a_flip_does_not_depend_on_the_batch():
     np.testing.assert_array_equal(whole[20:30], prepare(PIXELS[20:30], keys[20:30], flip=True))
 
 
+def test_floating_point_examples_are_taken_as_they_are():
+    sound = jnp.linspace(-3.0, 3.0, 8).reshape(2, 4, 1)
+    np.testing.assert_array_equal(prepare(sound), sound)
+    half = prepare(sound.astype(jnp.float16))
+    assert half.dtype == jnp.float32
+
+
 def test_what_prepare_refuses():
     with pytest.raises(ValueError, match="uint8"):
-        prepare(jnp.zeros((1, 2, 2, 1)))
+        prepare(jnp.zeros((1, 2, 2, 1), jnp.int32))
     with pytest.raises(ValueError, match="need a key"):
         prepare(PIXELS, flip=True)
 
@@ -398,22 +406,22 @@ def test_decoding_when_read_gives_the_same_images_as_the_cache(tmp_path):
 
 def test_about_a_twentieth_is_held_out_by_name():
     names = [f"class/{i}.png" for i in range(1000)]
-    train, test = sources._held_out(names)
+    train, test = folders._held_out(names)
     assert (len(train), len(test)) == (950, 50)
     assert sorted([*train, *test]) == list(range(1000))
     held = {names[i] for i in test}
     more = [*names, *(f"class/{i}.png" for i in range(1000, 1100))]
-    still = {more[i] for i in sources._held_out(more)[1]}
+    still = {more[i] for i in folders._held_out(more)[1]}
     assert len(held & still) > 40
-    assert [len(part) for part in sources._held_out(names[:100])] == [84, 16]
-    assert [len(part) for part in sources._held_out(names[:99])] == [99, 0]
+    assert [len(part) for part in folders._held_out(names[:100])] == [84, 16]
+    assert [len(part) for part in folders._held_out(names[:99])] == [99, 0]
 
 
 def test_a_second_start_decodes_nothing_and_a_changed_file_decodes_anew(tmp_path, monkeypatch):
     root, cache = write_folder(tmp_path / "x"), tmp_path / "cache"
     first = image_folder(root, size=4, cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "read_image", lambda *a: pytest.fail("decoded again"))
+        patch.setattr(folders, "read_image", lambda *a: pytest.fail("decoded again"))
         np.testing.assert_array_equal(image_folder(root, size=4, cache_dir=cache).train["image"], first.train["image"])
     Image.new("RGB", (9, 9), "white").save(root / "cat" / "0000.png")
     changed = image_folder(root, size=4, cache_dir=cache)
@@ -516,13 +524,13 @@ def register(patch, builder, path, url):
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
     """A data folder in which the archive of 30 images a file was prepared, as a user would."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
     root = tmp_path_factory.mktemp("tfds")
     archive = root / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     write_cifar_archive(archive, 30)
     with pytest.MonkeyPatch.context() as patch:
-        register(patch, tfds.builder("cifar10", data_dir=root), archive, CIFAR_URL)
+        register(patch, tensorflow_datasets.builder("cifar10", data_dir=root), archive, CIFAR_URL)
         tfds_images("cifar10", root)
     return root
 
@@ -541,7 +549,7 @@ def cifar_truth(parts, n=30):
 
 def test_cifar10_from_an_archive_has_its_very_pixels(cifar, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(cifar))
-    monkeypatch.setattr(sources, "read_image", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr(folders, "read_image", lambda *a: pytest.fail("decoded again"))
     data = tfds_images("cifar10")
     assert data.classes == tuple(NAMES)
     assert data.shape == (32, 32, 3)
@@ -555,9 +563,9 @@ def test_a_prepared_set_is_served_from_disk_when_it_is_too_large(cifar):
     data = tfds_images("cifar10", cifar, size=16, cache_bytes=0)
     assert len(data.train) == 150
     assert data.train[3]["image"].shape == (16, 16, 3)
-    exact = sources._TfdsSplit  # whole images, decoded when read
-    builder = sources._builder("cifar10", cifar)
-    split = exact("x", tfds_without_tf.records(builder, "test"), builder.info.features, True, None, (32, 32, 3))
+    builder = tfds._builder("cifar10", cifar)
+    whole = partial(read_image, channels=3)  # whole images, decoded when read
+    split = tfds.TfdsSplit("x", tfds_without_tf.records(builder, "test"), builder.info.features, True, whole)
     examples = [split[i] for i in range(len(split))]
     assert sorted((int(e["label"]), e["image"].tobytes()) for e in examples) == cifar_truth([5])
     stream = feed(data.train, 8, 0, threads=2)
@@ -567,7 +575,7 @@ def test_a_prepared_set_is_served_from_disk_when_it_is_too_large(cifar):
 
 def as_tfrecord(root, target):
     """The same prepared set in TFDS's default format: length, crc, bytes, crc."""
-    builder = sources._builder("cifar10", root)
+    builder = tfds._builder("cifar10", root)
     folder = target / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)
     for split in ("train", "test"):
@@ -616,14 +624,14 @@ def test_nothing_of_tfds_stays_replaced(cifar):
 
 
 def test_a_replaced_archive_is_extracted_afresh(tmp_path, monkeypatch):
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
     archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     stale = tmp_path / "downloads" / "extracted" / "TAR_GZ.cifar-10-binary.tar.gz" / "cifar-10-batches-bin"
     stale.mkdir(parents=True)
     (stale / "batches.meta.txt").write_text("an older archive's")
     write_cifar_archive(archive, 10)
-    register(monkeypatch, tfds.builder("cifar10", data_dir=tmp_path), archive, CIFAR_URL)
+    register(monkeypatch, tensorflow_datasets.builder("cifar10", data_dir=tmp_path), archive, CIFAR_URL)
     assert sorted_images(tfds_images("cifar10", tmp_path).test) == cifar_truth([5], 10)
 
 
@@ -637,12 +645,12 @@ def test_a_wrong_archive_is_named_with_both_checksums(tmp_path):
 
 
 def test_without_network_the_missing_files_are_named_at_once(tmp_path, monkeypatch):
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
     archive = tmp_path / "cifar-10-binary.tar.gz"
     archive.write_bytes(b"elsewhere")
     url = "https://host.invalid/cifar-10-binary.tar.gz"
-    register(monkeypatch, tfds.builder("cifar10", data_dir=tmp_path), archive, url)
+    register(monkeypatch, tensorflow_datasets.builder("cifar10", data_dir=tmp_path), archive, url)
     begin = time.perf_counter()
     with pytest.raises(InputError) as error:
         tfds_images("cifar10", tmp_path)
@@ -662,14 +670,14 @@ def test_names_tfds_does_not_have(tmp_path):
 
 def test_a_set_without_single_images_is_refused(cifar):
     with pytest.raises(InputError, match="is not a set of single images: its features are label"):
-        sources._image_shape("words", {"label": None}, None)
+        tfds._image_shape("words", {"label": None}, None)
 
     class Feature:
         shape = (None, None, 3)
 
     with pytest.raises(InputError, match="differ in size"):
-        sources._image_shape("photos", {"image": Feature}, None)
-    assert sources._image_shape("photos", {"image": Feature}, 32) == (32, 32, 3)
+        tfds._image_shape("photos", {"image": Feature}, None)
+    assert tfds._image_shape("photos", {"image": Feature}, 32) == (32, 32, 3)
 
 
 @pytest.fixture
@@ -704,13 +712,13 @@ def write_mnist(folder, train=60, test=20):
 @pytest.fixture
 def small_mnist(site, tmp_path, monkeypatch):
     """TFDS's own MNIST builder, told to expect 60 and 20 images at this machine's server."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
     from tensorflow_datasets.core.download import checksums
     from tensorflow_datasets.image_classification import mnist
 
     folder, address, _ = site
     write_mnist(folder)
-    builder = tfds.builder("mnist", data_dir=tmp_path)
+    builder = tensorflow_datasets.builder("mnist", data_dir=tmp_path)
     for known in list(builder.url_infos):
         monkeypatch.delitem(builder.url_infos, known)
     for path in folder.iterdir():
@@ -737,5 +745,5 @@ def test_a_download_that_is_not_the_expected_file_is_refused(small_mnist, tmp_pa
     with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte\.gz.* has wrong checksum"):
         tfds_images("mnist", tmp_path / "data")
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    assert sources._unreachable([address + "t10k-labels-idx1-ubyte.gz"]).endswith("answers 404")
-    assert sources._unreachable([address]) is None
+    assert tfds._unreachable([address + "t10k-labels-idx1-ubyte.gz"]).endswith("answers 404")
+    assert tfds._unreachable([address]) is None

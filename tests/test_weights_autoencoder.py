@@ -178,7 +178,7 @@ def test_names_are_diffusers(tiny):
 
 
 def test_old_attention_names_read_the_same(tiny):
-    autoencoder, params = tiny
+    params = tiny[1]
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for name, value in to_diffusers(params).items():

@@ -46,8 +46,6 @@ def load(path: str | os.PathLike[str], autoencoder: Autoencoder) -> dict[str, An
     except InputError:
         raise
     except ValueError as error:
-        lines = str(error).splitlines()
-        more = f", and {len(lines) - 2} more" if len(lines) > 2 else ""
-        raise InputError(
-            f"{path} does not hold this autoencoder: {lines[min(1, len(lines) - 1)].strip()}{more}"
-        ) from error
+        first, *rest = str(error).splitlines()[1:] or [str(error)]
+        more = f", and {len(rest)} more" if rest else ""
+        raise InputError(f"{path} does not hold this autoencoder: {first.strip()}{more}") from error
