@@ -27,11 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_jax.nets.attention import attention
 from diffusion_jax.ops import is_batched
 from diffusion_jax.typing import Array, Key
 
 DType = Any
 Initializer = Callable[[nnx.Rngs, tuple[int, ...]], Array]
+PerAxis = int | Sequence[int]
+"""One number for every spatial axis, or one for each."""
+Convolution = Literal["full", "space", "space_then_time"]
+"""Of three axes: 3 x 3 x 3, 1 x 3 x 3, or 1 x 3 x 3 and then 3 x 1 x 1."""
+AttentionOver = Literal["pixels", "space_then_time"]
+"""Of three axes: all pixels at once, or those of each frame and then the frames at each place."""
 
 
 class Options(NamedTuple):
@@ -42,6 +49,9 @@ class Options(NamedTuple):
     dropout: float
     dtype: DType
     ndim: int = 2
+    convolution: Convolution = "full"
+    attention_over: AttentionOver = "pixels"
+    factor: PerAxis = 2
 
 
 def xavier(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
@@ -81,15 +91,16 @@ def joint(x: Array, *linears: Linear) -> list[Array]:
 class Conv(nnx.Module):
     """A convolution of odd width: `[b, *pixels, n_in] -> [b, *pixels / stride, n_out]` in `dtype`.
 
+    width and stride are one number for all axes, or one for each: width (1, 3, 3) looks within each frame of a video.
     Padding is "SAME": with stride 2 and an even size it is one row after the picture and none before, as in DDPM.
     `call(x, bias=False)` leaves the bias out, for a group normalization that takes it as its offset.
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, n_in: int, n_out: int, o: Options, *, width: int = 3, stride: int = 1,
+        self, rngs: nnx.Rngs, n_in: int, n_out: int, o: Options, *, width: PerAxis = 3, stride: PerAxis = 1,
         init: Initializer = xavier,
     ):  # fmt: skip
-        self.kernel = nnx.Param(init(rngs, (width,) * o.ndim + (n_in, n_out)))
+        self.kernel = nnx.Param(init(rngs, (*per_axis(width, o.ndim), n_in, n_out)))
         self.bias = nnx.Param(jnp.zeros((n_out,), jnp.float32))
         self.stride = stride
         self.dtype = o.dtype
@@ -99,14 +110,26 @@ class Conv(nnx.Module):
         return y + _per_channel(self.bias[...].astype(self.dtype), y) if bias else y
 
 
-def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
+def per_axis(n: PerAxis, ndim: int) -> tuple[int, ...]:
+    """One number for each of `ndim` axes.
+
+    >>> per_axis(3, 2), per_axis((1, 3, 3), 3)
+    ((3, 3), (1, 3, 3))
+    """
+    sizes = (n,) * ndim if isinstance(n, int) else tuple(n)
+    if len(sizes) != ndim:
+        raise ValueError(f"{sizes} is not one number for each of {ndim} axes")
+    return sizes
+
+
+def conv(x: Array, kernel: Array, stride: PerAxis = 1) -> Array:
     """Convolve `x: [b, *pixels, n_in]` with `kernel: [*widths, n_in, n_out]`, padding "SAME"."""
     ndim = x.ndim - 2
-    pixels = "DHW"[-ndim:]
+    pixels, strides = "DHW"[-ndim:], per_axis(stride, ndim)
     numbers = (f"N{pixels}C", f"{pixels}IO", f"N{pixels}C")
-    if stride == 1 and all(width == 1 for width in kernel.shape[:ndim]):
+    if all(step == 1 for step in strides) and all(width == 1 for width in kernel.shape[:ndim]):
         return jnp.matmul(x, kernel[(0,) * ndim])
-    return jax.lax.conv_general_dilated(x, kernel, (stride,) * ndim, "SAME", dimension_numbers=numbers)
+    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
 
 
 class GroupNorm(nnx.Module):
@@ -247,14 +270,13 @@ def attend(q: Array, k: Array, v: Array, heads: int) -> Array:
     """Softmax attention over pixels: `[b, *pixels, c] -> [b, *pixels, c]`, c split into heads, softmax in float32."""
     shape = (q.shape[0], -1, heads, q.shape[-1] // heads)
     q_, k_, v_ = (jnp.reshape(z, shape) for z in (q, k, v))
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes bfloat16 with float32 inside
-        return jnp.reshape(jax.nn.dot_product_attention(q_, k_, v_), q.shape)
+    return jnp.reshape(attention(q_, k_, v_), q.shape)
 
 
-def upsample(x: Array) -> Array:
-    """Double every spatial axis by repetition: `[b, *pixels, c] -> [b, *2 pixels, c]`."""
-    for axis in range(1, x.ndim - 1):
-        x = jnp.repeat(x, 2, axis=axis)
+def upsample(x: Array, factor: PerAxis = 2) -> Array:
+    """Enlarge every spatial axis by repetition: `[b, *pixels, c] -> [b, *factor pixels, c]`."""
+    for axis, times in enumerate(per_axis(factor, x.ndim - 2), start=1):
+        x = jnp.repeat(x, times, axis=axis) if times > 1 else x
     return x
 
 
