@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_jax._version import __version__
-from diffusion_jax.arguments import Count, Natural, closest, describe, resolve, split_arguments
+from diffusion_jax.arguments import Amount, Count, Natural, closest, describe, resolve, split_arguments
 from diffusion_jax.typing import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -35,7 +35,9 @@ SamplerName = Literal[
 ]
 
 
-def run_options(*, run: str = "", runs: str = "runs", devices: Count | None = None, split: bool = False) -> dict:
+def run_options(
+    *, run: str = "", runs: str = "runs", devices: Count | None = None, split: bool = False, tensor: Count = 1
+) -> dict:
     """Where and on what a training run takes place; none of it changes the result.
 
     Args:
@@ -43,8 +45,9 @@ def run_options(*, run: str = "", runs: str = "runs", devices: Count | None = No
         runs: the folder of all runs.
         devices: how many devices to use; by default all.
         split: split parameters and optimizer state over the devices instead of copying them.
+        tensor: so many devices share the work within each layer, for networks that can be split so.
     """
-    return {"run": run, "runs": runs, "devices": devices, "split": split}
+    return {"run": run, "runs": runs, "devices": devices, "split": split, "tensor": tensor}
 
 
 def sample_options(
@@ -57,6 +60,7 @@ def sample_options(
     label: Natural | None = None,
     format: Literal["png", "npz", "grid"] = "png",
     checkpoint: str = "newest",
+    ema: Amount | None = None,
     out: str = "",
     run: str = "",
     runs: str = "runs",
@@ -73,6 +77,7 @@ def sample_options(
         label: draw this class only; by default all classes in turn.
         format: png writes each picture and a grid, npz one file of arrays and a grid, grid the grid alone.
         checkpoint: newest, best, or a step.
+        ema: an average of this relative width, 0.08 say, put together from the snapshots of the run.
         out: folder to write to; by default inside the run.
         run: name of the run; by default the newest one of the experiment.
         runs: the folder of all runs.
@@ -103,7 +108,8 @@ def train(name: str, words: list[str]) -> None:
     label = Path(name).stem
     folder = Path(options["runs"]) / label / (options["run"] or run_name(own))
     record = _record(name, arguments, experiment)
-    result = fit(experiment, folder, record, devices=options["devices"], split=options["split"])
+    where = {key: options[key] for key in ("devices", "split", "tensor")}
+    result = fit(experiment, folder, record, **where)
     print(f"pictures and numbers: {folder}/samples.png, denoising.gif, metrics.jsonl")
     for key, value in result.items():
         if key not in ("step", "finished"):

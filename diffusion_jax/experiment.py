@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 
 from diffusion_jax.arguments import closest
 from diffusion_jax.denoisers import BoundNet
 from diffusion_jax.training.data import Data, Prepare, prepare, to_uint8
-from diffusion_jax.training.ema import Decay
+from diffusion_jax.training.ema import Decays, PowerFunction, several
+from diffusion_jax.training.state import TrainState, init_state
 from diffusion_jax.training.step import LossFn, Objective, make_loss_fn
 from diffusion_jax.typing import Array, Cond, Denoiser, InputError, Net, Sampler, Schedule
 
@@ -31,8 +33,13 @@ class Experiment:
     into x0, decode: turns the model's x into what is kept, u8 for pictures and video.
     read: turns the bound network into a denoiser. objective: the loss of each example.
     times: number of steps -> grid, for sampling with `sampler` in `sample_steps` steps; `guidance` is the default
-    scale of classifier-free guidance and `null` the label for "no label" (None: unconditional), which replaces
-    labels with probability `drop` in training. `clip` limits x0 to [-1, 1] while sampling.
+    scale of classifier-free guidance and `null` the label for "no label" (None: unconditional), or what stands for no
+    condition of another kind; it replaces conditions with probability `drop` in training. `clip` limits x0 to [-1, 1]
+    while sampling.
+    ema: the decay of the average that is judged and drawn from, or several, of which the first is; () for what a
+    schedule-free optimizer averages itself. Every `snapshot_every` steps those that are `ema.power_function`s are kept
+    in runs/.../averages, from which any other can be made later. partition: for tensor parallelism, regular expression
+    on dotted parameter paths -> axis to split, as the network's module gives it.
     batch examples a step for `steps` steps; `dispatch` steps go to the device at once; every `checkpoint_every` steps a
     checkpoint, of which the newest `keep` and the best are kept, and every `sample_every` steps a grid of samples.
     evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> u8[n,h,w,c].
@@ -45,7 +52,7 @@ class Experiment:
     read: Callable[[BoundNet], Denoiser]
     objective: Objective
     optimizer: optax.GradientTransformation
-    ema: Decay
+    ema: Decays
     sampler: Sampler
     times: Callable[[int], Array]
     sample_steps: int
@@ -66,17 +73,28 @@ class Experiment:
     sample_every: int = 1000
     checkpoint_every: int = 1000
     keep: int = 2
+    snapshot_every: int = 0
+    partition: Mapping[str, int] = field(default_factory=dict)
     evaluate: Callable[[Callable[[np.ndarray, int], np.ndarray]], Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("sample_steps", "steps", "batch", "accumulate", "dispatch", "log_every", "keep"):
             check_at_least(1, **{name: getattr(self, name)})
         check_at_least(0, sample_every=self.sample_every, checkpoint_every=self.checkpoint_every)
+        check_at_least(0, snapshot_every=self.snapshot_every)
+        if self.snapshot_every and not any(isinstance(decay, PowerFunction) for decay in several(self.ema)):
+            raise InputError("snapshot_every: only averages by ema.power_function can be put together afterwards")
         check_seed(self.seed)
         if self.batch % self.accumulate:
             raise InputError(f"batch={self.batch} does not divide into accumulate={self.accumulate} parts")
         if not 0 <= self.drop <= 1:
             raise InputError(f"drop={self.drop}: a probability is between 0 and 1")
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state of a run before its first update, a function of the experiment's seed."""
+    averages = len(several(experiment.ema))
+    return init_state(jax.random.key(experiment.seed), experiment.net, experiment.optimizer, averages)
 
 
 def loss_fn(experiment: Experiment, train: bool = True) -> LossFn:

@@ -59,7 +59,7 @@ def dispatch(small):
 def linear_state(optimizer, width=4):
     params = {"w": jnp.arange(1.0, width + 1)}
     return TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(0)
+        jnp.zeros((), jnp.int32), params, (jax.tree.map(jnp.copy, params),), optimizer.init(params), jax.random.key(0)
     )
 
 

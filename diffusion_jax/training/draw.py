@@ -13,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion_jax import samplers
-from diffusion_jax.experiment import Experiment, check_at_least, check_seed
+from diffusion_jax.experiment import Experiment, check_at_least, check_seed, initial_state
 from diffusion_jax.training import checkpoint
 from diffusion_jax.training.generate import at_a_time, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
 from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
-from diffusion_jax.training.state import init_state
+from diffusion_jax.training.snapshots import reconstruct
 from diffusion_jax.typing import InputError, Params, Sampler, Schedule
 
 SAMPLERS: dict[str, Callable[[Schedule], Sampler]] = {
@@ -48,12 +48,25 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
         experiment, sampler=_sampler(experiment, options), steps=options["steps"], guidance=options["guidance"]
     )
     mesh = make_mesh(options["devices"])
-    params, step = load_averaged(experiment, folder, options["checkpoint"])
-    out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}"
+    params, step, average = _params(experiment, folder, options["checkpoint"], options.get("ema"))
+    out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}{average}"
     out.mkdir(parents=True, exist_ok=True)
     pictures = make_pictures(draw, mesh, at_a_time(experiment), experiment.decode)
     parts = pictures(params, options["n"], options["seed"], labels)
     return _write(parts, out, options, labels)
+
+
+def _params(
+    experiment: Experiment, folder: Path, which: str, sigma_rel: float | None
+) -> tuple[Params, int | None, str]:
+    """The parameters to draw from, their step, and what a folder's name says of their average."""
+    if sigma_rel is None:
+        return *load_averaged(experiment, folder, which), ""
+    if which != "newest" and not which.isdigit():
+        raise InputError(f"checkpoint={which}: for ema={sigma_rel} give a step, or nothing for the newest")
+    params, error, step = reconstruct(folder / "averages", sigma_rel, int(which) if which.isdigit() else None)
+    tqdm.write(f"ema={sigma_rel} at step {step}: its profile is met to {100 * error:.2g} %")
+    return params, step, f"-ema={sigma_rel}"
 
 
 def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -> tuple[Params, int]:
@@ -66,7 +79,7 @@ def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -
         if which not in ("newest", "best") and which not in map(str, steps):
             raise InputError(f"checkpoint={which}: there are newest, best, {', '.join(map(str, sorted(steps)))}")
         step = int(which) if which.isdigit() else _best(folder) if which == "best" else None
-        init = partial(init_state, jax.random.key(0), experiment.net, experiment.optimizer)
+        init = partial(initial_state, experiment)
         whole = replicated(make_mesh(1))
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(init))
         restored = checkpoint.restore(manager, like, tqdm.write, step, read_only=True)

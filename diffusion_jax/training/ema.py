@@ -1,7 +1,8 @@
 r"""Averages of the parameters over the updates: ema <- d ema + (1 - d) params, with a decay d that may grow.
 
 Each function returns the decay as a function of the number of updates made before this one. A train state holds one
-average for each decay of its experiment: the first is the one that is judged and drawn from.
+average for each decay of its experiment: the first is the one that is judged and drawn from. With no decay at all that
+is the average inside a schedule-free optimizer, which costs no memory, or else the parameters as they are.
 
 Power functions (Karras et al. 2024, arXiv:2312.02696, section 3). With t the number of updates so far, the average
 
@@ -23,16 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from optax.contrib import ScheduleFreeState
 
 from diffusion_jax.typing import Array, InputError, Params
 
 Decay = Callable[[Array], Array]
 Decays = Decay | tuple[Decay, ...]
-"""One average, several, or with () none: then the optimizer's own are evaluated (`optimizers.evaluation_params`)."""
+"""One average, several, or () for none: then `evaluation_params` are judged and drawn from."""
 
 
 def constant(decay: float = 0.9999) -> Decay:
@@ -147,3 +151,10 @@ def several(decays: Decays) -> tuple[Decay, ...]:
 def update(ema: Params, params: Params, decay: Array) -> Params:
     """One step of the average, leaf by leaf."""
     return jax.tree.map(lambda e, p: p + decay * (e - p), ema, params)
+
+
+def evaluation_params(opt_state: Any, params: Params) -> Params:
+    """The parameters to evaluate: the average x of a schedule-free optimizer if that made them, else `params`."""
+    states = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, ScheduleFreeState))
+    found = [state for state in states if isinstance(state, ScheduleFreeState)]
+    return optax.contrib.schedule_free_eval_params(found[0], params) if found else params

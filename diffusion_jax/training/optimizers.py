@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import ScheduleFreeState
 
 from diffusion_jax.training.state import dotted
 from diffusion_jax.typing import Array, InputError, Params
@@ -158,8 +157,8 @@ def schedule_free_adamw(
 ) -> Optimizer:
     """AdamW without a schedule, by equation (3): Defazio et al. 2024, arXiv:2405.15682, algorithm 1.
 
-    `rate` should be constant after its warm-up. What is to be evaluated and drawn from is x, which
-    `evaluation_params` finds: give an experiment `ema=()`.
+    `rate` should be constant after its warm-up. What is to be evaluated and drawn from is x: an experiment with
+    `ema=()` does so, and keeps no other average.
     """
 
     def at(n: Array) -> Array:
@@ -172,16 +171,6 @@ def schedule_free_adamw(
     )
     # Optax counts the averages from 1 and the steps from 0: both take the same rate here, as in the paper.
     return _promoting(optax.contrib.schedule_free(base, learning_rate=lambda n: at(n - 1), b1=b1))
-
-
-def evaluation_params(opt_state: Any, params: Params) -> Params:
-    """The parameters to evaluate: x of (3) if a schedule-free optimizer made them, else `params` themselves."""
-    states = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, ScheduleFreeState))
-    found = [state for state in states if isinstance(state, ScheduleFreeState)]
-    if not found:
-        return params
-    with jax.numpy_dtype_promotion("standard"):
-        return optax.contrib.schedule_free_eval_params(found[0], params)
 
 
 def clip(optimizer: Optimizer, norm: float) -> Optimizer:
@@ -235,8 +224,8 @@ def _scale_by_muon(momentum: float, fused: dict[str, int], rms: float | None, it
         ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mu, grads)
         leaves, tree = jax.tree_util.tree_flatten_with_path(ahead)
         stacks = [_stack(leaf, _parts(dotted(path), leaf.shape, fused)) for path, leaf in leaves]
-        moves = [_scaled(o, rms) for o in _together(stacks, partial(orthogonalized, iterations=iterations, dtype=dtype))]
-        moves = [_unstack(move, leaf.shape) for move, (_, leaf) in zip(moves, leaves, strict=True)]
+        factors = _together(stacks, partial(orthogonalized, iterations=iterations, dtype=dtype))
+        moves = [_unstack(_scaled(o, rms), leaf.shape) for o, (_, leaf) in zip(factors, leaves, strict=True)]
         return jax.tree.unflatten(tree, moves), MuonState(mu)
 
     return Optimizer(init, update)
@@ -259,7 +248,7 @@ def _unstack(stack: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _together(stacks: list[Array], function: Callable[[Array], Array]) -> list[Array]:
-    """The function of each stack of matrices; those of one shape go through it as one stack, for few, large products."""
+    """The function of each stack of matrices; those of one shape go through it together, for few, large products."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, stack in enumerate(stacks):
         groups.setdefault(stack.shape[1:], []).append(i)

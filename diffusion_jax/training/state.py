@@ -8,28 +8,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion_jax.training.ema import evaluation_params
 from diffusion_jax.typing import Array, Key, Net, Params
 
 
 class TrainState(NamedTuple):
-    """step: i32[], the number of updates made; params and ema: fp32 trees; key: the run's one key, never changed.
+    """step: i32[], the number of updates made; params and averages: fp32 trees; key: the run's one key, never changed.
 
-    What a step draws is a function of fold_in(key, step), so that a state is all a resumed run needs.
+    averages: one tree for each decay of the experiment, see `ema`. What a step draws is a function of
+    fold_in(key, step), so that a state is all a resumed run needs.
     """
 
     step: Array
     params: Params
-    ema: Params
+    averages: tuple[Params, ...]
     opt_state: Any
     key: Key
 
+    @property
+    def ema(self) -> Params:
+        """What is judged and drawn from: the first average, or without one `ema.evaluation_params`."""
+        return self.averages[0] if self.averages else evaluation_params(self.opt_state, self.params)
 
-def init_state(key: Key, net: Net, optimizer: optax.GradientTransformation) -> TrainState:
+
+def init_state(key: Key, net: Net, optimizer: optax.GradientTransformation, averages: int = 1) -> TrainState:
     """The state before the first update. Parameters come from fold_in(key, 0), the run's draws from fold_in(key, 1)."""
     params = net.init(jax.random.fold_in(key, 0))
-    # The average is a copy of its own: a donated buffer may not appear twice.
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), jax.random.fold_in(key, 1))
+    # Each average is a copy of its own: a donated buffer may not appear twice.
+    copies = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
+    return TrainState(jnp.zeros((), jnp.int32), params, copies, optimizer.init(params), jax.random.fold_in(key, 1))
 
 
 def dotted(path: tuple[Any, ...]) -> str:

@@ -18,7 +18,7 @@ from diffusion_jax.ops import fold, normal_like
 from diffusion_jax.times import Draw
 from diffusion_jax.training.data import Prepare, gather
 from diffusion_jax.training.data import prepare as to_x0
-from diffusion_jax.training.ema import Decay, update
+from diffusion_jax.training.ema import Decays, several, update
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.typing import Array, Cond, Denoiser, Key, Net, Params, Schedule
 
@@ -33,25 +33,33 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, decay: Decay, accumulate: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    decays: Decays,
+    accumulate: int = 1,
+    shardings: Any = None,
 ) -> TrainStep:
-    """One update: gradients, optimizer, moving average. Metrics: loss and grad_norm, f32[].
+    """One update: gradients, optimizer, moving averages. Metrics: loss and grad_norm, f32[].
 
     The step draws from fold_in(state.key, state.step). With `accumulate` > 1 the batch is cut into that many parts
     whose gradients are averaged, for a batch that does not fit in memory; ValueError if it does not divide.
+    shardings: those of the parameters, which gradients and their sums then have too, so that no device ever holds all
+    of them; without, the compiler decides.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         if accumulate == 1:
             loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
+            grads = _laid_out(grads, shardings)
         else:
-            loss, grads = _accumulated(loss_fn, state.params, batch, key, accumulate)
+            loss, grads = _accumulated(loss_fn, state.params, batch, key, accumulate, shardings)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = update(state.ema, params, decay(state.step))
+        pairs = zip(state.averages, several(decays), strict=True)
+        averages = tuple(update(average, params, decay(state.step)) for average, decay in pairs)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+        return TrainState(state.step + 1, params, averages, opt_state, state.key), metrics
 
     return step
 
@@ -83,19 +91,18 @@ def make_loss_fn(
     """The loss of a batch {"image": u8[b,h,w,c], "label": i32[b]} of pictures, or of whatever `prepare` makes x0 of.
 
     `read` turns the bound network into a denoiser. By default pictures are scaled to [-1, 1] and, with `flip`,
-    mirrored at random. With `null` given, labels are the condition, and each is replaced by `null` with probability
-    `drop`, which trains the unconditional model for guidance. `train=False` turns off dropout, flips and dropping.
+    mirrored at random. The condition is the batch's "cond", any tree of arrays that lead with [b], if it has one;
+    otherwise its "label" if `null` is given. With `null`, whose leaves broadcast to those of the condition, the whole
+    condition of an example is replaced by it with probability `drop`, which trains the unconditional model for
+    guidance. `train=False` turns off dropout, flips and dropping. ValueError for a `null` of another structure.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> Array:
         k_flip, k_drop, k_net, k_loss = (fold(key, i) for i in range(4))
         x0 = prepare(batch["image"], k_flip, flip and train)
-        cond = None
-        if null is not None:
-            cond = batch["label"]
-            if drop and train:
-                gone = jax.random.bernoulli(k_drop, drop, cond.shape)
-                cond = jnp.where(gone, jnp.asarray(null, cond.dtype), cond)
+        cond = batch.get("cond") if null is None else batch["cond" if "cond" in batch else "label"]
+        if null is not None and drop and train:
+            cond = _dropped(k_drop, cond, null, drop)
         denoiser = read(partial(net.apply, params, key=k_net if train else None))
         return jnp.mean(objective(k_loss, denoiser, x0, cond))
 
@@ -127,7 +134,22 @@ def make_dispatch(step: TrainStep) -> Callable[..., tuple[TrainState, dict[str, 
     return dispatch
 
 
-def _accumulated(loss_fn: LossFn, params: Params, batch: Batch, key: Key, parts: int) -> tuple[Array, Params]:
+def _dropped(key: Key, cond: Cond, null: Cond, drop: float) -> Cond:
+    """The condition, that of each example replaced by `null` as a whole with probability `drop`."""
+    if jax.tree.structure(null) != jax.tree.structure(cond):
+        raise ValueError(f"the condition is {jax.tree.structure(cond)}, null is {jax.tree.structure(null)}")
+    gone = jax.random.bernoulli(key, drop, jax.tree.leaves(cond)[0].shape[:1])
+
+    def one(c: Array, value: Any) -> Array:
+        chosen = jnp.reshape(gone, (-1,) + (1,) * (c.ndim - 1))
+        return jnp.where(chosen, jnp.broadcast_to(jnp.asarray(value, c.dtype), c.shape), c)
+
+    return jax.tree.map(one, cond, null)
+
+
+def _accumulated(
+    loss_fn: LossFn, params: Params, batch: Batch, key: Key, parts: int, shardings: Any
+) -> tuple[Array, Params]:
     def cut(leaf: Array) -> Array:
         if leaf.shape[0] % parts:
             raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {parts} parts")
@@ -136,9 +158,13 @@ def _accumulated(loss_fn: LossFn, params: Params, batch: Batch, key: Key, parts:
 
     def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
         i, rows = part
-        new = jax.value_and_grad(loss_fn)(params, rows, fold(key, i))
-        return jax.tree.map(jnp.add, total, new), None
+        loss, grads = jax.value_and_grad(loss_fn)(params, rows, fold(key, i))
+        return jax.tree.map(jnp.add, total, (loss, _laid_out(grads, shardings))), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros(()), _laid_out(jax.tree.map(jnp.zeros_like, params), shardings))
     total, _ = jax.lax.scan(add, zero, (jnp.arange(parts), jax.tree.map(cut, dict(batch))))
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def _laid_out(tree: Params, shardings: Any) -> Params:
+    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
