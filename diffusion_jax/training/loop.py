@@ -3,9 +3,12 @@
 runs/NAME/RUN/experiment.json     the resolved arguments, versions, commit
               metrics.jsonl       one line every `log_every` steps; the last line of a finished run is its result
               checkpoints/        see checkpoint.py
+              averages/*.npz      see snapshots.py
               samples/*.png       sample grids as it learns, from the same noise each time
               samples.png         the last of them
               denoising.gif       noise becoming pictures
+
+Of several processes (`hosts`) every one goes through all of this with its part of each batch; process 0 writes.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.experiment import Experiment, loss_fn
-from diffusion_jax.training import checkpoint, records
+from diffusion_jax.experiment import Experiment, initial_state, loss_fn
+from diffusion_jax.training import checkpoint, hosts, records
 from diffusion_jax.training.data import Data, Feed, feed, size, take, to_uint8
 from diffusion_jax.training.generate import Pictures, at_a_time, example_keys, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
 from diffusion_jax.training.pictures import fitting_scale, grid, save_animation, save_picture
 from diffusion_jax.training.records import Meter
-from diffusion_jax.training.state import TrainState, init_state
+from diffusion_jax.training.snapshots import keep_until, save_snapshots
+from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_dispatch, make_train_step
 from diffusion_jax.typing import InputError, Params
 
@@ -70,20 +74,35 @@ class _Run(NamedTuple):
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
+    @property
+    def averages(self) -> Path:
+        return self.folder / "averages"
+
 
 def fit(
-    experiment: Experiment, folder: Path, record: dict, *, devices: int | None = None, split: bool = False
+    experiment: Experiment,
+    folder: Path,
+    record: dict,
+    *,
+    devices: int | None = None,
+    split: bool = False,
+    tensor: int = 1,
 ) -> dict[str, float]:
     """Train, or go on where the run in `folder` stopped; returns the numbers of its last line.
 
     record: what experiment.json is to say. devices: how many of the devices (default all); split: parameters and
-    optimizer state are split over them instead of replicated. InputError for what cannot be used, before the long
+    optimizer state are split over them instead of replicated; tensor: so many devices share the work of each part of
+    the batch, by the experiment's `partition`. InputError for what cannot be used, before the long
     compilation; RunError for a loss that is not finite; Interrupted after Ctrl-C or SIGTERM; OSError for a full disk.
+    Several processes call it alike, after `hosts.start`.
     """
-    mesh = make_mesh(devices, batch=experiment.batch // experiment.accumulate)
+    hosts.check_same(hosts.fingerprint(record, folder=str(folder), devices=devices, split=split, tensor=tensor))
+    mesh = make_mesh(devices, tensor, batch=experiment.batch // experiment.accumulate)
+    rows = hosts.rows_of(mesh, experiment.batch)
     draw = make_draw(experiment)
-    _prepare_folder(folder)
-    data = experiment.data()
+    hosts.on_first(lambda: _prepare_folder(folder), "run folder")
+    hosts.check_shared(folder)
+    data = hosts.first_then_others(experiment.data, "data")
     _check_data(experiment, data)
     run = _Run(
         experiment,
@@ -91,34 +110,37 @@ def fit(
         record,
         mesh,
         checkpoint.open_checkpoints(folder / "checkpoints", _say, experiment.keep),
-        feed(data.train, experiment.batch, experiment.seed),
+        feed(data.train, experiment.batch, experiment.seed, rows=rows),
         _make_judge(experiment, data, mesh),
         "ema_loss" if data.test is None else "heldout_loss",
         make_pictures(draw, mesh, at_a_time(experiment), experiment.decode),
     )
     try:
         state, shardings = _start(run, split)
-        finished = records.result(run.metrics, experiment.steps)
+        finished = hosts.on_first(lambda: records.result(run.metrics, experiment.steps), "result")
         if finished is not None and int(state.step) >= experiment.steps:
             _say(f"already finished at step {int(state.step)}: {folder}; give run=NAME for another, or remove it")
             return finished
         records.write_record(folder / "experiment.json", record)
         records.keep_lines_until(run.metrics, int(state.step))
+        keep_until(run.averages, int(state.step))
         return _finish(run, _train(run, state, shardings))
     finally:
         run.feed.close()
-        with contextlib.suppress(Exception):  # What could not be written has been raised before.
-            run.manager.close()
+        # An error of one of several processes must not make it wait here for the others.
+        if not (hosts.several() and sys.exc_info()[0]):
+            with contextlib.suppress(Exception):  # What could not be written has been raised before.
+                run.manager.close()
 
 
 def _start(run: _Run, split: bool) -> tuple[TrainState, Any]:
     experiment = run.experiment
 
     def init() -> TrainState:
-        return init_state(jax.random.key(experiment.seed), experiment.net, experiment.optimizer)
+        return initial_state(experiment)
 
     shapes = jax.eval_shape(init)
-    shardings = state_shardings(run.mesh, shapes, split)
+    shardings = state_shardings(run.mesh, shapes, split, experiment.partition)
     like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     restored = checkpoint.restore(run.manager, like, _say)
     if restored is None:
@@ -138,12 +160,13 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
     dispatch, place = _compiled_dispatch(run, shardings), split_axis(run.mesh, 1)
     resident = run.feed.resident
     if resident is not None:
-        resident = jax.device_put(dict(resident), replicated(run.mesh))
+        resident = hosts.place(dict(resident), replicated(run.mesh))
     pending, meter, saved = None, Meter(), step or None
     with _signals() as asked, _bar(experiment, step) as bar:
-        while step < experiment.steps and not asked:
+        stopping = hosts.make_agreement(run.mesh, lambda: asked[0] if asked else 0)
+        while step < experiment.steps and not stopping():
             n = _until_next_stop(experiment, step)
-            batches = jax.device_put(_padded(run.feed.next(n), experiment.dispatch), place)
+            batches = hosts.place(_padded(run.feed.next(n), experiment.dispatch), place, experiment.batch, axis=1)
             state, metrics = dispatch(state, resident, batches, np.int32(n))
             step += n
             # The metrics of one dispatch are fetched while the next one runs, so that the device never waits.
@@ -153,21 +176,28 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
                 if _due(experiment.checkpoint_every, step):
                     _save(run, state)
                     saved = step
+                if _due(experiment.snapshot_every, step):
+                    save_snapshots(run.averages, state, experiment.ema)
                 if _due(experiment.sample_every, step):
                     _sample_grid(run, state, f"samples/step_{step:07d}.png")
                 meter = records.restarted(meter)
         records.write_meter(run.metrics, step, _log(run, bar, meter, pending))
         if step != saved:
             _save(run, state)
+        if experiment.snapshot_every and step >= experiment.steps:
+            save_snapshots(run.averages, state, experiment.ema)
         checkpoint.wait(run.manager)
-        if asked:
-            raise _interrupted(run, asked[0], step)
+        number = max(hosts.gather(asked[0] if asked else 0, "end of training"))
+        if number:
+            raise _interrupted(run, number, step)
     return state
 
 
 def _compiled_dispatch(run: _Run, shardings: Any) -> Any:
     experiment = run.experiment
-    step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
+    step = make_train_step(
+        loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate, shardings.params
+    )
     whole = replicated(run.mesh)
     return jax.jit(
         make_dispatch(step),
@@ -183,11 +213,13 @@ def _make_judge(experiment: Experiment, data: Data, mesh: Mesh) -> Callable[[Par
     batch, n = experiment.batch // experiment.accumulate, size(source)
     parts = max(1, min(JUDGED, n) // batch)
     chosen = np.resize(np.random.default_rng(0).permutation(n), (parts, batch))
-    batches = [jax.device_put(take(source, rows), split_axis(mesh)) for rows in chosen]
-    program = jax.jit(loss_fn(experiment, train=False))
+    own, where = hosts.rows_of(mesh, batch), split_axis(mesh)
+    batches = [hosts.place(take(source, rows[own]), where, batch) for rows in chosen]
+    loss = loss_fn(experiment, train=False)
+    program = jax.jit(lambda params, b, i: loss(params, b, jax.random.key(i)), out_shardings=replicated(mesh))
 
     def judge(params: Params) -> float:
-        return float(np.mean([program(params, b, jax.random.key(i)) for i, b in enumerate(batches)]))
+        return float(np.mean([program(params, b, np.int32(i)) for i, b in enumerate(batches)]))
 
     return judge
 
@@ -246,6 +278,8 @@ def _grid_labels(experiment: Experiment) -> tuple[int, int, np.ndarray | None]:
 def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
     n, columns, labels = _grid_labels(run.experiment)
     images = np.concatenate(list(run.pictures(state.ema, n, 0, labels)))
+    if not hosts.first():
+        return
     path = run.folder / name
     path.parent.mkdir(exist_ok=True)
     save_picture(path, grid(images, columns, fitting_scale(images.shape[2], columns)))
@@ -253,10 +287,17 @@ def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
 
 def _animate(run: _Run, state: TrainState) -> None:
     _, columns, labels = _grid_labels(run.experiment)
-    draw = jax.jit(make_draw(run.experiment, trajectory=True))
-    path = draw(state.ema, example_keys(0, 0, columns * 4), None if labels is None else labels[: columns * 4])
-    # Noise of any level is shown at the contrast of the data.
-    frames = np.asarray(jax.jit(jax.vmap(lambda x: to_uint8(x / jnp.maximum(1.0, 1.2 * jnp.std(x)))))(path))
+    draw = make_draw(run.experiment, trajectory=True)
+
+    def film(params: Params, labels: jax.Array | None) -> jax.Array:
+        path = draw(params, example_keys(0, 0, columns * 4), labels)
+        # Noise of any level is shown at the contrast of the data.
+        return jax.vmap(lambda x: to_uint8(x / jnp.maximum(1.0, 1.2 * jnp.std(x))))(path)
+
+    program = jax.jit(film, out_shardings=replicated(run.mesh))
+    frames = np.asarray(program(state.ema, None if labels is None else labels[: columns * 4]))
+    if not hosts.first():
+        return
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, 40).astype(int))]
     scale = fitting_scale(frames.shape[3], columns, 480)
     save_animation(run.folder / "denoising.gif", [grid(frame, columns, scale) for frame in chosen])
@@ -283,14 +324,19 @@ def _interrupted(run: _Run, number: int, step: int) -> Interrupted:
 def _until_next_stop(experiment: Experiment, step: int) -> int:
     """Steps of the next dispatch: never past the end, a line of the log, a checkpoint or a sample grid."""
     stops = [experiment.steps]
-    for every in (experiment.log_every, experiment.checkpoint_every, experiment.sample_every):
+    for every in (experiment.log_every, *_intervals(experiment)):
         if every:
             stops.append((step // every + 1) * every)
     return min(experiment.dispatch, min(stops) - step)
 
 
 def _pauses(experiment: Experiment, step: int) -> bool:
-    return _due(experiment.checkpoint_every, step) or _due(experiment.sample_every, step)
+    return any(_due(every, step) for every in _intervals(experiment))
+
+
+def _intervals(experiment: Experiment) -> tuple[int, ...]:
+    """How often the device has to wait for the host."""
+    return experiment.checkpoint_every, experiment.sample_every, experiment.snapshot_every
 
 
 def _due(every: int, step: int) -> bool:
@@ -324,11 +370,20 @@ def _prepare_folder(folder: Path) -> None:
 def _bar(experiment: Experiment, start: int) -> Any:
     pause = 0.2 if sys.stderr.isatty() else 10
     total = experiment.steps
-    return tqdm(total=total, initial=start, desc="compiling", unit="step", dynamic_ncols=True, mininterval=pause)
+    return tqdm(
+        total=total,
+        initial=start,
+        desc="compiling",
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=pause,
+        disable=not hosts.first(),
+    )
 
 
 def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+    if hosts.first():
+        tqdm.write(message, file=sys.stderr)
 
 
 @contextlib.contextmanager
