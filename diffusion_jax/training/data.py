@@ -6,9 +6,9 @@ A batch is a pure function of (seed, step). With n examples, a batch of b and ep
     batch(seed, step)[j] = pi_{p // n}[p mod n],   p = step b + j                                         (2)
 
 so the whole position of a stream is the integer `step`, every example comes once an epoch, batches run on over
-the edge of an epoch, and a data set smaller than one batch simply passes through several epochs in it. Both
+the edge of an epoch, and a data set smaller than one batch simply passes through several epochs in it. All
 streams obey (2): arrays that fit on the device stay there and only indices travel; anything else is read
-ahead by Grain's threads. Both therefore give the same batches.
+ahead by Grain's threads or processes. All therefore give the same batches.
 """
 
 from __future__ import annotations
@@ -112,12 +112,14 @@ def feed(
     resident_bytes: int = 2**31,
     rows: slice = slice(None),
     threads: int | None = None,
+    processes: int = 0,
 ) -> Feed:
     """Batches of `batch` examples, shuffled anew each epoch, from step 0 on.
 
     Arrays of at most `resident_bytes` become a feed of indices. `rows` are the rows of each global batch that this
-    process reads. `threads` read ahead (default: one for arrays, else one per core up to 16).
-    Raises InputError for an empty data set or a batch below 1.
+    process reads. `threads` read ahead (default: one for arrays, else one per core up to 16), in so many further
+    `processes` if that is not 0: `benchmarks/data.py` measures which is faster. Processes want a script that keeps
+    what it does under `if __name__ == "__main__"`. Raises InputError for an empty data set or a batch below 1.
     """
     n = size(source)
     if n < 1 or batch < 1:
@@ -128,7 +130,8 @@ def feed(
         return _index_feed(source, n, batch, seed, rows)
     if threads is None:
         threads = 1 if isinstance(source, Mapping) else min(16, os.cpu_count() or 1)
-    return _grain_feed(source, n, batch, seed, rows, threads)
+    read = functools.partial(_read_batch, source, n, batch, seed, rows)
+    return _grain_feed(read, threads, processes)
 
 
 def _index_feed(source: Arrays, n: int, batch: int, seed: int, rows: slice) -> Feed:
@@ -148,14 +151,18 @@ def _index_feed(source: Arrays, n: int, batch: int, seed: int, rows: slice) -> F
     return Feed(advance, lambda: {"step": step}, set_state, lambda: None, source)
 
 
-def _grain_feed(source: Source, n: int, batch: int, seed: int, rows: slice, threads: int) -> Feed:
+def _read_batch(source: Source, n: int, batch: int, seed: int, rows: slice, step: int) -> dict[str, np.ndarray]:
+    return take(source, batch_indices(seed, step, n, batch)[rows])
+
+
+def _grain_feed(read: Callable[[int], dict[str, np.ndarray]], threads: int, processes: int) -> Feed:
     """Batches read ahead by Grain. It is opened at a step, so that resuming needs none of Grain's own state."""
     step, iterator = 0, None
 
     def advance(k: int) -> dict[str, np.ndarray]:
         nonlocal step, iterator
         if iterator is None:
-            iterator = _open(lambda s: take(source, batch_indices(seed, s, n, batch)[rows]), step, threads)
+            iterator = read_ahead(read, step, _MAX_STEPS, threads, processes)
         batches = [next(iterator) for _ in range(k)]
         step += k
         return {name: np.stack([b[name] for b in batches]) for name in batches[0]}
@@ -174,12 +181,23 @@ def _grain_feed(source: Source, n: int, batch: int, seed: int, rows: slice, thre
     return Feed(advance, lambda: {"step": step}, set_state, close, None)
 
 
-def _open(read: Callable[[int], dict[str, np.ndarray]], step: int, threads: int) -> Any:
-    """A Grain iterator over read(step), read(step + 1), ..., a few batches ahead: memory stays flat."""
+def read_ahead(read: Callable[[int], Any], start: int, stop: int, threads: int, processes: int = 0) -> Any:
+    """An iterator over read(start), ..., read(stop - 1), a few ahead of their use: memory stays flat. To be closed.
+
+    With `processes`, each of them reads with `threads`; `read` and what it holds are sent to them.
+    """
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2 if threads else 0)
-    return iter(grain.MapDataset.range(step, _MAX_STEPS).map(read).to_iter_dataset(options))
+    items = grain.MapDataset.range(start, stop).map(read)
+    if not processes:
+        return iter(items.to_iter_dataset(options))
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's processes take absl's flags along and refuse unparsed ones
+    workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
+    return iter(items.to_iter_dataset(options).mp_prefetch(workers))
 
 
 def take(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:

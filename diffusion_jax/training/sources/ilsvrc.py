@@ -26,7 +26,7 @@ from diffusion_jax.training.data import Data, RandomAccess
 from diffusion_jax.training.sources.cache import decoded, digest, user_cache
 from diffusion_jax.training.sources.decoding import read_square
 from diffusion_jax.training.sources.folders import SUFFIXES
-from diffusion_jax.training.sources.tfds import TfdsSplit
+from diffusion_jax.training.sources.tfds import TfdsSplit, is_labelled
 from diffusion_jax.typing import InputError
 
 IMAGENET_CACHE_BYTES = 2**34
@@ -189,7 +189,7 @@ def _from_tfds(root: Path, size: int) -> _Found:
     folder = _prepared_versions(root)[-1]
     builder = tfds.builder_from_directory(folder)
     features: Any = builder.info.features
-    if features is None or "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
+    if features is None or "image" not in features or not is_labelled(features):
         raise InputError(f"{folder} is not a set of labelled pictures")
     present = {"train": "train", "test": "validation"}
     splits = {
