@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from diffusion_jax.evaluation.neighbours import copy_ratio
+
 
 def recognised(train: np.ndarray, labels: np.ndarray, images: np.ndarray, wanted: np.ndarray) -> float:
     """Share of `images` u8[n,h,w,c] that a classifier fitted to the training pictures gives the label `wanted`.
@@ -16,19 +18,6 @@ def recognised(train: np.ndarray, labels: np.ndarray, images: np.ndarray, wanted
 
     machine = SVC(C=10.0).fit(_flat(train), labels)
     return float(np.mean(machine.predict(_flat(images)) == wanted))
-
-
-def copy_ratio(train: np.ndarray, held_out: np.ndarray, images: np.ndarray) -> float:
-    """Median distance of samples to their nearest training picture, over that of held-out pictures to theirs.
-
-    About 1 for new pictures of the same kind, 0 for copies (Meehan et al. 2020, arXiv:2004.05675, in its plainest
-    form).
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    index = NearestNeighbors(n_neighbors=1).fit(_flat(train))
-    samples, real = (np.median(index.kneighbors(_flat(x))[0]) for x in (images, held_out))
-    return float(samples / real)
 
 
 def evaluate_classes(
@@ -45,7 +34,7 @@ def evaluate_classes(
     wanted = np.arange(10 * per_class) % 10
     images = draw(wanted, seed)
     return {
-        "copy_ratio": copy_ratio(train["image"], test["image"], images),
+        "copy_ratio": copy_ratio(_flat(train["image"]), _flat(test["image"]), _flat(images)),
         "heldout_accuracy": recognised(train["image"], train["label"], test["image"], test["label"]),
         "sample_accuracy": recognised(train["image"], train["label"], images, wanted),
     }
