@@ -291,7 +291,7 @@ def test_flax_own_layers_work_behind_the_border():
     ("arguments", "message"),
     [
         ({"shape": (30, 32, 3)}, "divisible by 4"),
-        ({"shape": (32, 3)}, "height, width, channels"),
+        ({"shape": (32,)}, "height, width, channels"),
         ({"attention": (7,)}, "attention at 7 never happens"),
         ({"channels": 130}, "divisible by groups"),
         ({"channels": 16, "heads": 3}, "divisible by heads"),
