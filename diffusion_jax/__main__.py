@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from diffusion_jax._version import __version__
 from diffusion_jax.arguments import Amount, Count, Natural, closest, describe, resolve, split_arguments
+from diffusion_jax.planning.command import plan_options, plan_page
 from diffusion_jax.typing import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -36,7 +38,15 @@ SamplerName = Literal[
 
 
 def run_options(
-    *, run: str = "", runs: str = "runs", devices: Count | None = None, split: bool = False, tensor: Count = 1
+    *,
+    run: str = "",
+    runs: str = "runs",
+    devices: Count | None = None,
+    split: bool = False,
+    tensor: Count = 1,
+    coordinator: str = "",
+    processes: Count | None = None,
+    process: Natural | None = None,
 ) -> dict:
     """Where and on what a training run takes place; none of it changes the result.
 
@@ -46,8 +56,11 @@ def run_options(
         devices: how many devices to use; by default all.
         split: split parameters and optimizer state over the devices instead of copying them.
         tensor: so many devices share the work within each layer, for networks that can be split so.
+        coordinator: HOST:PORT of process 0, for several processes that no cluster software describes.
+        processes: how many of them; 1 for a run of this process alone whatever describes others.
+        process: which of them this is, from 0 on.
     """
-    return {"run": run, "runs": runs, "devices": devices, "split": split, "tensor": tensor}
+    return dict(locals())
 
 
 def sample_options(
@@ -65,6 +78,9 @@ def sample_options(
     run: str = "",
     runs: str = "runs",
     devices: Count | None = None,
+    coordinator: str = "",
+    processes: Count | None = None,
+    process: Natural | None = None,
 ) -> dict:
     """Draw pictures from a trained run. Picture i depends on the seed and i alone.
 
@@ -82,6 +98,9 @@ def sample_options(
         run: name of the run; by default the newest one of the experiment.
         runs: the folder of all runs.
         devices: how many devices to use; by default all.
+        coordinator: HOST:PORT of process 0, for several processes that no cluster software describes.
+        processes: how many of them; 1 for a run of this process alone whatever describes others.
+        process: which of them this is, from 0 on.
     """
     return dict(locals())
 
@@ -91,18 +110,12 @@ def train(name: str, words: list[str]) -> None:
     from diffusion_jax.experiment import find_experiment
 
     function = find_experiment(name)
-    given = split_arguments(words)
-    known = inspect.signature(run_options).parameters
-    own = {key: value for key, value in given.items() if key not in known}
-    unknown = next((key for key in own if key not in inspect.signature(function).parameters), None)
-    if unknown is not None:
-        every = [*inspect.signature(function).parameters, *known]
-        raise InputError(f"{name} has no argument {unknown!r}{closest(unknown, every)}")
-    options = run_options(**resolve(run_options, {k: v for k, v in given.items() if k in known}, "train"))
+    own, options = _divided(name, function, words, run_options, "train")
     arguments = resolve(function, own, name)
     _set_up_jax()
     experiment = function(**arguments)
 
+    from diffusion_jax.training import hosts
     from diffusion_jax.training.loop import fit
 
     label = Path(name).stem
@@ -110,6 +123,8 @@ def train(name: str, words: list[str]) -> None:
     record = _record(name, arguments, experiment)
     where = {key: options[key] for key in ("devices", "split", "tensor")}
     result = fit(experiment, folder, record, **where)
+    if not hosts.first():
+        return
     print(f"pictures and numbers: {folder}/samples.png, denoising.gif, metrics.jsonl")
     for key, value in result.items():
         if key not in ("step", "finished"):
@@ -126,9 +141,39 @@ def sample(name: str, words: list[str]) -> None:
     _set_up_jax()
     experiment = function(**_recorded_arguments(function, name, folder))
 
+    from diffusion_jax.training import hosts
     from diffusion_jax.training.draw import draw_to_folder
 
-    print(draw_to_folder(experiment, folder, options))
+    said = draw_to_folder(experiment, folder, options)
+    if hosts.first():
+        print(said)
+
+
+def plan(name: str, words: list[str]) -> None:
+    """What training and sampling would take, on devices that need not be there; fails if it does not fit."""
+    from diffusion_jax.experiment import find_experiment
+
+    function = find_experiment(name)
+    own, options = _divided(name, function, words, plan_options, "plan")
+    arguments = resolve(function, own, name)
+    page, refusal = plan_page(function, name, arguments, options)
+    print(page)
+    if refusal:
+        raise InputError(refusal)
+
+
+def _divided(
+    name: str, function: Callable[..., Any], words: list[str], options: Callable[..., dict], what: str
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The words that are the experiment's, and the command's own options."""
+    given = split_arguments(words)
+    known = inspect.signature(options).parameters
+    own = {key: value for key, value in given.items() if key not in known}
+    unknown = next((key for key in own if key not in inspect.signature(function).parameters), None)
+    if unknown is not None:
+        every = [*inspect.signature(function).parameters, *known]
+        raise InputError(f"{name} has no argument {unknown!r}{closest(unknown, every)}")
+    return own, options(**resolve(options, {k: v for k, v in given.items() if k in known}, what))
 
 
 def _recorded_arguments(function: Callable[..., Any], name: str, folder: Path) -> dict[str, Any]:
@@ -168,13 +213,20 @@ def find_run(folder: Path, run: str) -> Path:
 COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]] = {
     "train": (train, run_options),
     "sample": (sample, sample_options),
+    "plan": (plan, plan_options),
 }
 
 
 def main(words: list[str]) -> int:
     """Run a command; bad input is one line on the error stream and a non-zero exit status."""
     with _sigterm_as_interrupt():
-        return _main(words)
+        try:
+            return _main(words)
+        except Exception:
+            if _is_one_of_several():
+                traceback.print_exc()
+                _fail("an error of the program itself", 1)
+            raise
 
 
 def _main(words: list[str]) -> int:
@@ -189,18 +241,64 @@ def _main(words: list[str]) -> int:
         elif any(word in ("-h", "--help", "help") for word in rest):
             _help(words[0], words[1])
         else:
+            _join_others(options, rest)
             command(words[1], rest)
+            _leave_together()
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         return _fail("stopped at once; what was complete stays, the same command goes on from there", 128 + number)
     except (InputError, OSError, RuntimeError) as error:
         if os.environ.get("DIFFUSION_JAX_TRACEBACK"):
             raise
-        return _fail(*_explain(error))
+        if isinstance(error, InputError) or not _is_one_of_several():
+            return _fail(*_explain(error, words))
+        return _fail_of_several(error, words)
     return 0
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _join_others(options: Callable[..., dict], words: list[str]) -> None:
+    """Meet the other processes of the run, if there are any, before anything is refused, so that all hear of it."""
+    names = {"coordinator", "processes", "process"}
+    if not names <= set(inspect.signature(options).parameters):
+        return
+    given: dict[str, str] = {}
+    with contextlib.suppress(InputError):
+        given = {key: value for key, value in split_arguments(words).items() if key in names}
+    from diffusion_jax.training import hosts
+
+    _set_up_jax()
+    hosts.start(**{key: value for key, value in resolve(options, given, "the command").items() if key in names})
+
+
+def _is_one_of_several() -> bool:
+    hosts = sys.modules.get("diffusion_jax.training.hosts")
+    return hosts is not None and hosts.several()
+
+
+def _leave_together() -> None:
+    if _is_one_of_several():
+        from diffusion_jax.training import hosts
+
+        hosts.stop()
+
+
+def _fail_of_several(error: Exception, words: list[str]) -> int:
+    """What all processes have agreed on is told once; any other error may be the echo of another process's end."""
+    from diffusion_jax.training import hosts
+    from diffusion_jax.training.loop import Interrupted, RunError
+
+    if not isinstance(error, RunError):
+        hosts.wait_for_cause()
+        return _fail(*_explain(error, words))
+    message, code = _explain(error, words)
+    if not isinstance(error, Interrupted):
+        return _fail(message, code)
+    first = hosts.first()
+    hosts.stop()
+    return _fail(message, code) if first else code
+
+
+def _explain(error: Exception, words: list[str]) -> tuple[str, int]:
     from diffusion_jax.training.loop import RunError
 
     if isinstance(error, InputError):
@@ -211,11 +309,37 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"{text}; what was complete stays: free space or mend the folder, then give the same command again", 1
     if "RESOURCE_EXHAUSTED" in text:
-        return f"out of memory: try accumulate=, a smaller batch or a smaller network ({text[:160]})", 1
+        return _out_of_memory(text, words), 1
     raise error
 
 
+def _out_of_memory(text: str, words: list[str]) -> str:
+    """What did not fit, and which of this command's arguments make it smaller."""
+    from diffusion_jax.experiment import find_experiment
+
+    command, name, *rest = words
+    known = {*inspect.signature(find_experiment(name)).parameters, *inspect.signature(COMMANDS[command][1]).parameters}
+    switches = {
+        "accumulate": "accumulate=2 or more parts of each batch",
+        "remat": "remat= (activations computed again)",
+        "split": "split=True and tensor= (more devices)",
+        "precision": "precision=bfloat16",
+        "batch": "a smaller batch=",
+    }
+    helps = ", ".join(text for switch, text in switches.items() if switch in known)
+    given = " ".join(word for word in rest if not word.startswith(("run=", "runs=")))
+    arguments = f' ARGS="{given}"' if given else ""
+    return (
+        f"out of memory ({text[:160]}); what helps: {helps or 'fewer pictures at a time'}, a smaller network; "
+        f"make plan EXP={name}{arguments} says what takes how much"
+    )
+
+
 def _fail(message: str, code: int) -> int:
+    if _is_one_of_several():
+        from diffusion_jax.training import hosts
+
+        hosts.fail(message, code)
     print(f"error: {message}" if code < 128 else message, file=sys.stderr)
     return code
 
@@ -242,7 +366,7 @@ def _help(command: str, name: str) -> None:
     from diffusion_jax.experiment import find_experiment
 
     print(describe(COMMANDS[command][1], f"make {command} EXP={name}"))
-    if command == "train":
+    if command in ("train", "plan"):
         print(describe(find_experiment(name), f"make train EXP={name} ARGS=…"))
 
 
@@ -266,6 +390,7 @@ def _record(name: str, arguments: Mapping[str, Any], experiment: Any) -> dict:
 
     import jax
 
+    from diffusion_jax.experiment import find_source
     from diffusion_jax.training.state import parameter_count
 
     return {
@@ -275,6 +400,7 @@ def _record(name: str, arguments: Mapping[str, Any], experiment: Any) -> dict:
         "versions": {"python": sys.version.split()[0], "diffusion_jax": __version__}
         | {package: version(package) for package in PACKAGES},
         "commit": _commit(),
+        "source": f"{zlib.crc32(find_source(name).read_bytes()):08x}",
         "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }
 

@@ -124,16 +124,22 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed={seed} is not possible: it must be between 0 and {2**32 - 1}")
 
 
-def find_experiment(name: str) -> Callable[..., Experiment]:
-    """The function `experiment` of experiments/NAME.py below the current folder, or of a path that ends in .py.
-
-    InputError for an unknown name, with the closest one there is.
-    """
+def find_source(name: str) -> Path:
+    """The file of an experiment, experiments/NAME.py below the current folder, or the path itself if it ends in .py."""
     folder = Path("experiments")
     path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
         raise InputError(f"unknown experiment {name!r}{closest(name, known)}; there are: {', '.join(known) or 'none'}")
+    return path
+
+
+def find_experiment(name: str) -> Callable[..., Experiment]:
+    """The function `experiment` of experiments/NAME.py below the current folder, or of a path that ends in .py.
+
+    InputError for an unknown name, with the closest one there is.
+    """
+    path = find_source(name)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     spec = importlib.util.spec_from_file_location(f"experiments.{path.stem}", path)

@@ -4,11 +4,13 @@ A step's folder holds `state` (sharded arrays), `metrics` (JSON: what decides wh
 position of the data, the resolved experiment, the shape of every array, a digest of all bits of the state, and one of
 meta itself). Saving is asynchronous; a folder appears under its final name only when it is complete, so that a killed
 run always finds whole ones. Restoring checks the digests, and goes back to the previous step if one cannot be read.
+Of several processes each writes and reads the parts of its own devices; process 0 decides, for all, what is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -25,12 +27,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from diffusion_jax.training import hosts
 from diffusion_jax.training.state import TrainState, digest
 from diffusion_jax.typing import InputError
 
 METRIC = "metric"
 Report = Callable[[str], None]
-_digest = jax.jit(digest)
 
 
 def open_checkpoints(folder: Path, report: Report, keep: int = 2) -> ocp.CheckpointManager:
@@ -38,10 +40,14 @@ def open_checkpoints(folder: Path, report: Report, keep: int = 2) -> ocp.Checkpo
 
     Those whose metric cannot be read are reported and set aside: Orbax could not open the folder.
     """
-    damaged = [step for step, metric in metrics(folder).items() if metric is None]
-    for step in damaged:
+
+    def set_damaged_aside() -> list[int]:
+        damaged = [step for step, metric in metrics(folder).items() if metric is None]
+        _set_aside(folder, damaged)
+        return damaged
+
+    for step in hosts.on_first(set_damaged_aside, "damaged checkpoints"):
         report(f"checkpoint {step} in {folder} is damaged and set aside (its metrics cannot be read)")
-    _set_aside(folder, damaged)
 
     def metric(metrics: Any) -> float:
         return metrics[METRIC]
@@ -59,8 +65,12 @@ def open_checkpoints(folder: Path, report: Report, keep: int = 2) -> ocp.Checkpo
 
 
 def open_read_only(folder: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a folder, to read from only: nothing in it is changed."""
-    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+    """The checkpoints of a folder, to read from only: nothing in it is changed, and no process waits for another."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="reader"
+    )
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def metrics(folder: Path) -> dict[int, float | None]:
@@ -80,7 +90,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, position: dict, expe
         "position": position,
         "experiment": experiment,
         "shapes": shapes(state),
-        "digest": [int(word) for word in np.asarray(_digest(state))],
+        "digest": _digest(state),
     }
     meta["crc"] = _crc(meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -106,9 +116,10 @@ def restore(
     like: a tree of `ShapeDtypeStruct` with shardings, which may be of another mesh than the one that saved. A
     checkpoint that is truncated or fails its digest is reported, and the previous one is taken; then those that could
     not be read are set aside (unless `read_only`), to make room for the steps that will be made again. InputError if
-    none can be read, or if a parameter has another shape than in `like`; it is named.
+    none can be read, or if a parameter has another shape than in `like`; it is named. What one of several processes
+    cannot read, none of them takes.
     """
-    steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
+    steps = hosts.from_first(sorted(manager.all_steps(), reverse=True) if step is None else [step], "checkpoints")
     for i, candidate in enumerate(steps):
         try:
             restored = _restore_one(manager, candidate, like)
@@ -119,7 +130,8 @@ def restore(
             report(f"checkpoint {candidate} in {manager.directory} cannot be read ({_reason(error)}){before}")
             continue
         if i and not read_only:
-            _set_aside(Path(str(manager.directory)), steps[:i])
+            folder, unreadable = Path(str(manager.directory)), steps[:i]
+            hosts.on_first(functools.partial(_set_aside, folder, unreadable), "unreadable checkpoints")
             manager.reload()
         return restored
     if steps:
@@ -135,15 +147,47 @@ def shapes(state: TrainState) -> dict[str, list[int]]:
 
 
 def _restore_one(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict]:
+    with hosts.all_or_none(f"checkpoint {step}"), _reader(manager) as reader:
+        state, meta = _read(reader, step, like)
+    if _digest(state) != meta["digest"]:
+        raise OSError("its contents do not match their digest")
+    return state, meta
+
+
+@contextlib.contextmanager
+def _reader(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
+    """The manager, or one for this process alone: an error of one must not leave the others waiting."""
+    if not hosts.several():
+        yield manager
+        return
+    reader = open_read_only(Path(str(manager.directory)))
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict]:
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if _crc(meta) != meta["crc"]:
         raise OSError("its meta does not match its checksum")
     _check_shapes(meta["shapes"], shapes(like), f"checkpoint {step} in {manager.directory}")
     state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
     kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (state, like)]
-    if kinds[0] != kinds[1] or [int(word) for word in np.asarray(_digest(state))] != meta["digest"]:
+    if kinds[0] != kinds[1]:
         raise OSError("its contents do not match their digest")
     return state, meta
+
+
+@functools.cache
+def _digest_on(where: jax.sharding.Sharding) -> Callable[[TrainState], jax.Array]:
+    return jax.jit(digest, out_shardings=where)
+
+
+def _digest(state: TrainState) -> list[int]:
+    """The digest of a state; that of several processes is computed by all of them together."""
+    where = state.step.sharding  # of a scalar: every device has all of it
+    return [int(word) for word in np.asarray(_digest_on(where)(state))]
 
 
 def _check_shapes(saved: dict, wanted: dict, where: str) -> None:

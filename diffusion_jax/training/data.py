@@ -110,7 +110,7 @@ def feed(
     seed: int,
     *,
     resident_bytes: int = 2**31,
-    rows: slice = slice(None),
+    rows: slice | np.ndarray = slice(None),
     threads: int | None = None,
     processes: int = 0,
 ) -> Feed:
@@ -134,7 +134,7 @@ def feed(
     return _grain_feed(read, threads, processes)
 
 
-def _index_feed(source: Arrays, n: int, batch: int, seed: int, rows: slice) -> Feed:
+def _index_feed(source: Arrays, n: int, batch: int, seed: int, rows: slice | np.ndarray) -> Feed:
     """Nothing but integers: a step costs microseconds and there is nothing to close."""
     step = 0
 
@@ -151,7 +151,9 @@ def _index_feed(source: Arrays, n: int, batch: int, seed: int, rows: slice) -> F
     return Feed(advance, lambda: {"step": step}, set_state, lambda: None, source)
 
 
-def _read_batch(source: Source, n: int, batch: int, seed: int, rows: slice, step: int) -> dict[str, np.ndarray]:
+def _read_batch(
+    source: Source, n: int, batch: int, seed: int, rows: slice | np.ndarray, step: int
+) -> dict[str, np.ndarray]:
     return take(source, batch_indices(seed, step, n, batch)[rows])
 
 

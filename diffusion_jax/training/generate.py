@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from diffusion_jax.forward import prior
 from diffusion_jax.guidance import classifier_free, static_threshold
 from diffusion_jax.ops import fold
 from diffusion_jax.samplers import sample
+from diffusion_jax.training import hosts
 from diffusion_jax.training.data import to_uint8
 from diffusion_jax.training.mesh import replicated, split_axis
 from diffusion_jax.typing import Array, InputError, Params, Sampler
@@ -65,33 +67,50 @@ def make_draw(
 
 def example_keys(seed: int, start: int, count: int) -> Array:
     """The keys of samples start ... start + count of a seed: `[count]`."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(start, start + count))
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(start + jnp.arange(count))
 
 
-def at_a_time(experiment: Experiment) -> int:
+def at_a_time(experiment: Experiment, platform: str | None = None) -> int:
     """Pictures a device draws at a time: enough to keep it busy, not more than fit in training."""
-    many = 8 if jax.devices()[0].platform == "cpu" else 128
+    many = 8 if (platform or jax.devices()[0].platform) == "cpu" else 128
     return min(many, experiment.batch // experiment.accumulate)
+
+
+def picture_program(draw: Draw, mesh: Mesh, decode: Callable[[Array], Array] = to_uint8) -> Any:
+    """The jitted program (params, keys, labels) -> what is kept of the pictures, on the devices that drew them."""
+    return jax.jit(
+        lambda params, keys, labels: decode(draw(params, keys, labels)),
+        out_shardings=replicated(mesh) if hosts.several() else split_axis(mesh),
+    )
 
 
 def make_pictures(draw: Draw, mesh: Mesh, batch: int, decode: Callable[[Array], Array] = to_uint8) -> Pictures:
     """Pictures of any number, `batch` at a time on each device of a mesh, by one compiled program.
 
     Picture i is made in place i mod `batch` of a batch that is always full, so that neither n nor the number of
-    devices changes one bit of it. Another `batch` may: compilers add in another order for another shape.
+    devices changes one bit of it. Another `batch` may: compilers add in another order for another shape. The devices
+    draw the next batch while the caller does what it does with one. Of several processes each gets all pictures.
     """
     rows = split_axis(mesh)
     batch *= mesh.shape["data"]
-    program = jax.jit(lambda params, keys, labels: decode(draw(params, keys, labels)), out_shardings=rows)
+    own = hosts.rows_of(mesh, batch)
+    keys_of = jax.jit(example_keys, static_argnums=2, out_shardings=rows)
+    program = picture_program(draw, mesh, decode)
+
+    def begin(params: Params, n: int, seed: int, labels: np.ndarray | None, start: int) -> Array:
+        wanted = None
+        if labels is not None:
+            place = np.minimum(np.arange(start, start + batch), n - 1)[own]
+            wanted = hosts.place(labels[place].astype(np.int32), rows, batch)
+        return program(params, keys_of(np.uint32(seed), np.int32(start), batch), wanted)
 
     def pictures(params: Params, n: int, seed: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
         params = jax.device_put(params, replicated(mesh))
+        ahead = begin(params, n, seed, labels, 0)
         for start in range(0, n, batch):
-            keys = jax.device_put(example_keys(seed, start, batch), rows)
-            wanted = None
-            if labels is not None:
-                place = np.minimum(np.arange(start, start + batch), n - 1)
-                wanted = jax.device_put(labels[place].astype(np.int32), rows)
-            yield np.asarray(program(params, keys, wanted))[: n - start]
+            drawn = ahead
+            if start + batch < n:
+                ahead = begin(params, n, seed, labels, start + batch)
+            yield np.asarray(drawn)[: n - start]
 
     return pictures

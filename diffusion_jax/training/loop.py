@@ -194,15 +194,19 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
 
 
 def _compiled_dispatch(run: _Run, shardings: Any) -> Any:
-    experiment = run.experiment
+    return dispatch_program(run.experiment, run.mesh, shardings)
+
+
+def dispatch_program(experiment: Experiment, mesh: Mesh, shardings: Any) -> Any:
+    """The jitted program of a run, `make_dispatch` of its step: the state is donated, metrics are on every device."""
     step = make_train_step(
         loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate, shardings.params
     )
-    whole = replicated(run.mesh)
+    whole = replicated(mesh)
     return jax.jit(
         make_dispatch(step),
         donate_argnums=0,
-        in_shardings=(shardings, whole, split_axis(run.mesh, 1), whole),
+        in_shardings=(shardings, whole, split_axis(mesh, 1), whole),
         out_shardings=(shardings, whole),
     )
 

@@ -1,4 +1,7 @@
-"""What a run writes down: experiment.json, and metrics.jsonl with one line every so many steps."""
+"""What a run writes down: experiment.json, and metrics.jsonl with one line every so many steps.
+
+Of several processes, process 0 writes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_jax.training import hosts
 from diffusion_jax.typing import InputError
 
 
@@ -47,6 +51,8 @@ def restarted(meter: Meter) -> Meter:
 
 def write_line(path: Path, line: Mapping[str, Any]) -> None:
     """Append a line to metrics.jsonl."""
+    if not hosts.first():
+        return
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -112,6 +118,8 @@ def changed_arguments(path: Path, record: Mapping[str, Any]) -> list[str]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all."""
+    if not hosts.first():
+        return
     part = path.with_suffix(".part")
     part.write_text(text)
     part.replace(path)
