@@ -1,8 +1,22 @@
 """Networks: Flax NNX modules behind the `Net` border of two pure functions."""
 
+from diffusion_jax.nets.adm import adm as adm
+from diffusion_jax.nets.adm import adm_classifier as adm_classifier
+from diffusion_jax.nets.adm import adm_classifier_imagenet as adm_classifier_imagenet
+from diffusion_jax.nets.adm import adm_imagenet as adm_imagenet
+from diffusion_jax.nets.adm import adm_upsampler as adm_upsampler
 from diffusion_jax.nets.autoencoder import Autoencoder as Autoencoder
 from diffusion_jax.nets.autoencoder import kl_autoencoder as kl_autoencoder
 from diffusion_jax.nets.autoencoder import sd_vae as sd_vae
+from diffusion_jax.nets.dit import dit as dit
+from diffusion_jax.nets.dit import dit_b2 as dit_b2
+from diffusion_jax.nets.dit import dit_l2 as dit_l2
+from diffusion_jax.nets.dit import dit_s2 as dit_s2
+from diffusion_jax.nets.dit import dit_xl2 as dit_xl2
+from diffusion_jax.nets.dit import jit_b16 as jit_b16
+from diffusion_jax.nets.dit import jit_l16 as jit_l16
+from diffusion_jax.nets.dit import just_image as just_image
+from diffusion_jax.nets.dit import sit_xl2 as sit_xl2
 from diffusion_jax.nets.edm2 import edm2 as edm2
 from diffusion_jax.nets.edm2 import edm2_imagenet64 as edm2_imagenet64
 from diffusion_jax.nets.edm2 import edm2_imagenet512 as edm2_imagenet512
@@ -12,6 +26,11 @@ from diffusion_jax.nets.functional import functional as functional
 from diffusion_jax.nets.mlp import mlp as mlp
 from diffusion_jax.nets.ncsnpp import ddpmpp as ddpmpp
 from diffusion_jax.nets.ncsnpp import edm_cifar10 as edm_cifar10
+from diffusion_jax.nets.ncsnpp import edm_cifar10_ncsnpp as edm_cifar10_ncsnpp
+from diffusion_jax.nets.ncsnpp import ncsnpp as ncsnpp
+from diffusion_jax.nets.ncsnpp import song_256 as song_256
+from diffusion_jax.nets.ncsnpp import song_1024 as song_1024
 from diffusion_jax.nets.ncsnpp import song_cifar10 as song_cifar10
+from diffusion_jax.nets.ncsnpp import song_cifar10_ncsnpp as song_cifar10_ncsnpp
 from diffusion_jax.nets.unet import ddpm_cifar10 as ddpm_cifar10
 from diffusion_jax.nets.unet import unet as unet
