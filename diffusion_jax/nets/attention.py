@@ -71,7 +71,8 @@ def attention(
             return chunked(q, k, v, mask)
         if implementation == "splash":
             return splash(q, k, v, mask)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+        fused = "cudnn" if implementation == "cudnn" else "xla"
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=fused)
 
 
 def choose(device: Device, dtype: Any, n: int, m: int, d: int, *, masked: bool = False) -> Implementation:
