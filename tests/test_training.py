@@ -213,38 +213,37 @@ def test_labels_are_dropped_and_pictures_mirrored_as_often_as_asked():
     assert run(null=None)["cond"] is None
 
 
-# Averages ------------------------------------------------------------------------------------------------------------
+def seen_conditions(batch, **options):
+    """The condition that the network gets from a batch of `options` of make_loss_fn."""
+    seen = []
+    net = Net(lambda key: {}, lambda params, x, t, cond=None, *, key=None: seen.append(cond) or x)
+
+    def objective(key, denoiser, x0, cond):
+        denoiser(x0, jnp.ones(x0.shape[:1]), cond)
+        return jnp.zeros(x0.shape[:1])
+
+    batch = {"image": jnp.zeros((1000, 2, 2, 1), jnp.uint8), **batch}
+    make_loss_fn(net, lambda net: net, objective, **options)({}, batch, jax.random.key(3))
+    return seen[0]
 
 
-def averaged(decay, values):
-    """The average by the closed form sum: weights (1 - d_i) prod of later d, in float64."""
-    d = [float(decay(jnp.int32(i))) for i in range(len(values))]
-    out = values[0] * 0 + 1.0  # the start
-    for d_i, value in zip(d, values, strict=True):
-        out = d_i * out + (1 - d_i) * value
-    return out
-
-
-@pytest.mark.parametrize(
-    "decay", [ema.constant(0.9), ema.warmup(0.95), ema.half_life(100, 10), ema.half_life(5, 2, None)]
-)
-def test_averages_follow_their_recursion(decay):
-    values = np.random.default_rng(0).normal(size=30)
-    average = jnp.ones(())
-    for i, value in enumerate(values):
-        average = ema.update(average, jnp.float32(value), decay(jnp.int32(i)))
-    assert float(average) == pytest.approx(averaged(decay, values), rel=1e-5, abs=1e-6)
-
-
-def test_decays_in_closed_form():
-    steps = [0, 1, 10, 89, 890, 100_000]
-    assert [float(ema.constant(0.9999)(jnp.int32(s))) for s in steps] == pytest.approx([0.9999] * 6)
-    warm = [min(0.99, (1 + s) / (10 + s)) for s in steps]
-    assert [float(ema.warmup(0.99)(jnp.int32(s))) for s in steps] == pytest.approx(warm)
-    life = [0.5 ** (10 / max(min(500, 0.05 * 10 * s), 1e-8)) for s in steps]
-    assert [float(ema.half_life(500, 10)(jnp.int32(s))) for s in steps] == pytest.approx(life)
-    # A step's share has halved after exactly that many examples.
-    assert float(ema.half_life(500, 10, None)(jnp.int32(0))) ** 50 == pytest.approx(0.5, rel=1e-5)
+def test_conditions_are_trees_that_are_dropped_as_a_whole():
+    tokens, vector = jax.random.normal(jax.random.key(0), (1000, 5, 3)), jnp.ones((1000, 4))
+    cond = {"tokens": tokens, "vector": (vector, jnp.arange(1000, dtype=jnp.int32))}
+    null = {"tokens": jnp.zeros((5, 3)), "vector": (jnp.full((4,), 7.0), -1)}
+    batch = {"cond": cond, "label": jnp.zeros((1000,), jnp.int32)}
+    got = seen_conditions(batch, null=null, drop=0.25)
+    gone = np.asarray(got["vector"][1] == -1)
+    assert abs(gone.mean() - 0.25) < 0.05
+    for c, was, none in zip(*map(jax.tree.leaves, (got, cond, null)), strict=True):
+        np.testing.assert_array_equal(c[gone], np.broadcast_to(none, c[gone].shape))
+        np.testing.assert_array_equal(c[~gone], was[~gone])
+        assert c.dtype == was.dtype
+    for options in ({"null": None}, {"null": null, "drop": 0.25, "train": False}, {"null": null}):
+        jax.tree.map(np.testing.assert_array_equal, seen_conditions(batch, **options), cond)
+    assert seen_conditions({"label": batch["label"]}, null=None) is None
+    with pytest.raises(ValueError, match="the condition is .*, null is"):
+        seen_conditions(batch, null=10, drop=0.25)
 
 
 # Digests -------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ Decays = Callable[[str, Array], bool]
 Optimizer = optax.GradientTransformation
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""(a, b, c) of (2) by Jordan et al. 2024: five steps take every singular value above 0.002 to between 0.68 and 1.14."""
+"""(a, b, c) of (2) by Jordan et al. 2024: five steps take all singular values from 0.002 to 1 to between 0.68 and 1.21."""
 
 
 # Learning rates ------------------------------------------------------------------------------------------------------
