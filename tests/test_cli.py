@@ -20,10 +20,10 @@ from PIL import Image
 
 from diffusion_jax.__main__ import find_run, main, run_name
 from diffusion_jax.arguments import Count, closest, describe, resolve, split_arguments
-from diffusion_jax.experiment import Experiment, find_experiment, loss_fn
+from diffusion_jax.experiment import Experiment, find_experiment, initial_state, loss_fn
 from diffusion_jax.training import records
 from diffusion_jax.training.generate import example_keys, make_draw
-from diffusion_jax.training.state import init_state, parameter_count
+from diffusion_jax.training.state import parameter_count
 from diffusion_jax.training.step import make_train_step
 from diffusion_jax.typing import InputError
 
@@ -525,7 +525,7 @@ def test_every_experiment_makes_a_step_of_its_own_size(name, tmp_path):
     """Traced, not run: shapes and types of a whole step at the default size; tests/long runs small ones."""
     experiment = find_experiment(name)(**arguments_of(name, tmp_path))
     step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
-    state = jax.eval_shape(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))
+    state = jax.eval_shape(lambda: initial_state(experiment))
     batch = {
         "image": jax.ShapeDtypeStruct((experiment.batch, *experiment.shape), "uint8"),
         "label": jax.ShapeDtypeStruct((experiment.batch,), "int32"),

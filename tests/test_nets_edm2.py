@@ -17,7 +17,7 @@ from diffusion_jax.typing import InputError
 
 CLASSES, BATCH, SHAPE = 3, 4, (8, 8, 2)
 module = importlib.import_module("diffusion_jax.nets.edm2")  # in the package the name is the function's
-SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 16}
+SMALL = {"channels": 16, "multipliers": (1,), "blocks": 1, "attention": (8,), "head_width": 8}
 make = functools.partial(edm2, SHAPE, classes=CLASSES, uncertainty=True, **SMALL)
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 T = jnp.linspace(-1.0, 0.8, BATCH)
@@ -57,22 +57,16 @@ def apply():
 
 
 @pytest.fixture(scope="module")
-def gradients():
-    """Parameters of a network of one level, and for each policy of rematerialisation the gradients of a function of
-    the picture and the uncertainty."""
+def gradients(params):
+    """For each policy of rematerialisation, the gradients of a function of the picture and the uncertainty."""
     direction = jax.random.normal(jax.random.key(2), (BATCH, 8, 8, 3))
 
-    def net(remat):
-        return make(multipliers=(1,), attention=(8,), dropout=0.2, remat=remat)
+    def of(remat):
+        net = make(dropout=0.2, remat=remat)
+        f = quick(jax.grad(lambda p: jnp.sum(direction * net.apply(p, X, T, LABELS, key=jax.random.key(3)) ** 2)))
+        return paths(f(params))
 
-    def of(remat, params):
-        def f(p):
-            return jnp.sum(direction * net(remat).apply(p, X, T, LABELS, key=jax.random.key(3)) ** 2)
-
-        return paths(quick(jax.grad(f))(params))
-
-    params = noised(net("none").init(jax.random.key(0)))
-    return paths(params), {remat: of(remat, params) for remat in ("none", "full", "dots")}
+    return {remat: of(remat) for remat in ("none", "full", "dots")}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +99,7 @@ def test_output_is_float32_with_one_channel_more_for_the_uncertainty():
     assert (out.shape, out.dtype) == ((2, 64, 64, 5), jnp.float32)
 
 
-@pytest.mark.parametrize(("size", "dropout"), [("XS", 0), ("S", 0), ("M", 0.1), ("XXL", 0.1)])
+@pytest.mark.parametrize(("size", "dropout"), [("S", 0), ("M", 0.1)])
 def test_dropout_by_size(size, dropout):
     """Table 6: none up to S, 10 % above; the mask is one draw that only networks with dropout make."""
     net = edm2_imagenet512(size)
@@ -175,7 +169,7 @@ def test_weights_start_at_unit_magnitude_and_gains_at_zero(start):
             np.testing.assert_allclose(np.sqrt(np.mean(a**2, axis=tuple(range(a.ndim - 1)))), 1, atol=2e-3)
         elif path.endswith("gain"):
             assert a == 0
-    kernel = paths(start)["enc.4x4_block0.conv_res1.kernel"].ravel()
+    kernel = paths(start)["enc.8x8_block0.conv_res1.kernel"].ravel()
     assert np.mean(kernel**4) == pytest.approx(3, rel=0.1)  # normal, not uniform
 
 
@@ -209,10 +203,9 @@ def test_forced_weight_normalization(apply, params):
     np.testing.assert_allclose(apply(forced, X, T, LABELS), out, atol=5e-3 * np.std(out))
 
 
-def test_gradients_are_orthogonal_to_the_weights(gradients):
-    params, grads = gradients
-    for path, w in filter(lambda item: is_weight(item[0]), params.items()):
-        axes, g = tuple(range(w.ndim - 1)), grads["none"][path]
+def test_gradients_are_orthogonal_to_the_weights(gradients, params):
+    for path, w in filter(lambda item: is_weight(item[0]), paths(params).items()):
+        axes, g = tuple(range(w.ndim - 1)), gradients["none"][path]
         along = np.sum(g * w, axis=axes)
         size = np.sqrt(np.sum(g**2, axis=axes) * np.sum(w**2, axis=axes))
         assert np.all(size > 0), path
@@ -220,15 +213,14 @@ def test_gradients_are_orthogonal_to_the_weights(gradients):
 
 
 def test_gradients_reach_everything_but_the_frequencies(gradients):
-    for path, g in gradients[1]["none"].items():
+    for path, g in gradients["none"].items():
         assert np.any(g) == (not path.endswith(("freqs", "phases"))), path
 
 
 def test_rematerialisation_changes_no_gradient(gradients):
-    grads = gradients[1]
     for remat in ("full", "dots"):
-        for path, g in grads["none"].items():
-            np.testing.assert_allclose(grads[remat][path], g, rtol=1e-4, atol=1e-4 * (1e-6 + np.max(np.abs(g))))
+        for path, g in gradients["none"].items():
+            np.testing.assert_allclose(gradients[remat][path], g, rtol=1e-4, atol=1e-4 * (1e-6 + np.max(np.abs(g))))
 
 
 def test_bfloat16_is_close(apply, params):
@@ -328,7 +320,9 @@ def test_unknown_size(preset, sizes):
         preset("XM")
 
 
-def test_inputs_that_do_not_fit(start):
+def test_inputs_that_do_not_fit():
+    two = make(multipliers=(1, 2))
+    params = jax.eval_shape(two.init, jax.random.key(0))
     x, t = jnp.zeros((2, *SHAPE)), jnp.zeros(2)
     for arguments, message in [
         ((x[..., :1], t), "x must be"),
@@ -338,7 +332,7 @@ def test_inputs_that_do_not_fit(start):
         ((x, t, jnp.zeros(3, jnp.int32)), "labels must be int"),
     ]:
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(NET.apply, start, *arguments)
+            jax.eval_shape(two.apply, params, *arguments)
     bare = make(classes=None)
     with pytest.raises(ValueError, match="without classes"):
         jax.eval_shape(bare.apply, jax.eval_shape(bare.init, jax.random.key(0)), x, t, jnp.zeros(2, jnp.int32))

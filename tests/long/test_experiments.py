@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.experiment import find_experiment, loss_fn
-from diffusion_jax.training.state import init_state
+from diffusion_jax.experiment import find_experiment, initial_state, loss_fn
 from diffusion_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,6 +18,7 @@ SMALL = {
     "cifar10_edm": {"width": 4, "blocks": 1},
     "cifar10_ddpmpp": {"width": 4, "blocks": 1},
     "folder": {"width": 4, "size": 16},
+    "imagenet64_edm2_s": {"width": 4, "blocks": 1, "size": 8, "classes": 3},
 }
 
 
@@ -43,7 +43,7 @@ def test_every_experiment_makes_a_step(name, more, tmp_path, monkeypatch):
             make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema),
             compiler_options={"xla_backend_optimization_level": 0},
         )
-        before = init_state(jax.random.key(0), experiment.net, experiment.optimizer)
+        before = initial_state(experiment)
         state, metrics = step(before, batch)
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(metrics["grad_norm"])
