@@ -8,6 +8,8 @@
 
 EXP ?= digits
 ARGS ?=
+# What make plan compiles for: v5e:1x1 (Colab), v5e:16x16, cpu:8, ...; empty for this machine.
+TOPOLOGY ?=
 PYTHON ?= python3
 VENV ?= .venv
 # What jax is to run on: empty for the processor, cuda12, cuda13 or tpu.
@@ -16,16 +18,18 @@ LOCK = requirements/lock.txt
 
 ifdef PY
 READY =
+TPU_COMPILER =
 else
 PY = $(VENV)/bin/python
 READY = $(VENV)/ready
+TPU_COMPILER = $(VENV)-tpu/ready
 endif
 
-.PHONY: help env train sample conformance test test-long test-parity lint types bench lock clean
+.PHONY: help env train sample plan profile conformance test test-long test-parity lint types bench lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
-	@echo "targets: train sample conformance test test-long test-parity lint types bench lock clean"
+	@echo "targets: train sample plan profile conformance test test-long test-parity lint types bench lock clean"
 
 env: $(READY)
 
@@ -41,6 +45,21 @@ $(VENV)/ready: $(LOCK) pyproject.toml
 
 train sample: $(READY)
 	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
+
+# What training and sampling would take, on devices that need not be there: make plan EXP=... TOPOLOGY=v5e:16x16
+plan: $(READY) $(if $(filter v%,$(TOPOLOGY)),$(TPU_COMPILER))
+	@$(if $(filter v%,$(TOPOLOGY)),PYTHONPATH="$(VENV)-tpu$${PYTHONPATH:+:$$PYTHONPATH}") $(PY) -m diffusion_jax plan $(EXP) \
+		$(if $(TOPOLOGY),topology=$(TOPOLOGY)) $(ARGS)
+
+# Where the time of a training step goes; PEAK=989e12 gives the operations a second of a device that is not known.
+profile: $(READY)
+	@$(PY) -m diffusion_jax profile $(EXP) $(ARGS)
+
+# libtpu, 680 MB, in a folder of its own: in the environment it would look for a TPU at every start.
+$(VENV)-tpu/ready: requirements/tpu.txt | $(READY)
+	@echo "getting the TPU compiler into $(VENV)-tpu (once) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)-tpu -r requirements/tpu.txt
+	@touch $@
 
 # A table and pictures in runs/conformance, or in ARGS="out=FOLDER".
 conformance: $(READY)
@@ -80,4 +99,4 @@ lock: $(READY)
 		--extra test --extra dev --no-emit-index-url --no-header --upgrade -o $(LOCK)
 
 clean:
-	rm -rf $(VENV) $(VENV)-parity
+	rm -rf $(VENV) $(VENV)-parity $(VENV)-tpu

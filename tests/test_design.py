@@ -25,6 +25,7 @@ ROOMS = {  # room -> what it may import of this package beside itself; a room no
     "systems": CORE | {"nets", "weights"},
     "training": CORE | {"experiment"},
     "evaluation": CORE | {"nets"},
+    "planning": CORE | {"arguments", "experiment", "training"},
 }
 HEAVY = {"flax", "optax", "orbax"}
 MAY_PRINT = {"training.loop", "__main__", "experiment"}
