@@ -162,6 +162,40 @@ def plan(name: str, words: list[str]) -> None:
         raise InputError(refusal)
 
 
+def latents_options(*, devices: Count | None = None) -> dict:
+    """Encode an experiment's data set once, into latents that it then trains on; what is there already is kept.
+
+    Args:
+        devices: how many devices to use; by default all.
+    """
+    return {"devices": devices}
+
+
+def latents(name: str, words: list[str]) -> None:
+    """Encode the data set of an experiment into latents, or go on with it."""
+    function = _encoding_of(name)
+    own, options = _divided(name, function, words, latents_options, "latents")
+    arguments = resolve(function, own, f"make latents EXP={name}")
+    _set_up_jax()
+
+    from diffusion_jax.training.latents import encode_to_store
+
+    encoding = function(**arguments)
+    header = encode_to_store(encoding, options["devices"])
+    std = ", ".join(f"{value:.4g}" for value in header["std"])
+    print(f"{sum(header['examples'].values())} latents in {encoding.out}; deviation of each channel: {std}")
+
+
+def _encoding_of(name: str) -> Callable[..., Any]:
+    """The function `encoding` beside an experiment's `experiment`: what `make latents` is to do."""
+    from diffusion_jax.experiment import find_experiment
+
+    function = find_experiment(name).__globals__.get("encoding")
+    if function is None:
+        raise InputError(f"{name} does not train on latents: its file has no function named encoding")
+    return function
+
+
 def _divided(
     name: str, function: Callable[..., Any], words: list[str], options: Callable[..., dict], what: str
 ) -> tuple[dict[str, str], dict[str, Any]]:
@@ -214,6 +248,7 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]
     "train": (train, run_options),
     "sample": (sample, sample_options),
     "plan": (plan, plan_options),
+    "latents": (latents, latents_options),
 }
 
 
@@ -368,6 +403,8 @@ def _help(command: str, name: str) -> None:
     print(describe(COMMANDS[command][1], f"make {command} EXP={name}"))
     if command in ("train", "plan"):
         print(describe(find_experiment(name), f"make train EXP={name} ARGS=…"))
+    if command == "latents":
+        print(describe(_encoding_of(name), f"make latents EXP={name} ARGS=…"))
 
 
 def _set_up_jax() -> None:
