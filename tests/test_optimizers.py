@@ -233,6 +233,17 @@ def test_fused_matrices_move_like_separate_ones():
     np.testing.assert_allclose(fused["conv"]["kernel"], whole["conv"]["kernel"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(12, 3, 4, 3), (1, 1, 12, 36), (12, 3, 12)])
+def test_the_layout_of_a_fused_kernel_does_not_matter(shape):
+    def moved(tree):
+        return {"qkv": {"kernel": jnp.reshape(tree["attn"]["qkv"]["kernel"], shape)}}
+
+    optimizer, flat_one = muon(0.1, fused={"qkv": 3}), muon(0.1, fused={"qkv": 3})
+    update, _ = optimizer.update(moved(draw(1)), optimizer.init(moved(draw(0))), moved(draw(0)))
+    wanted, _ = flat_one.update(draw(1), flat_one.init(draw(0)), draw(0))
+    np.testing.assert_allclose(update["qkv"]["kernel"], moved(wanted)["qkv"]["kernel"], rtol=1e-5, atol=1e-7)
+
+
 def test_what_is_no_matrix_is_left_to_adam():
     ours, _ = run(muon(0.1, adam=adamw(0.03)), draw(0))
     adam, _ = run(adamw(0.03), draw(0))

@@ -25,6 +25,7 @@ for each parameter instead of 4, as the cast fuses into its use. What does shrin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,14 +38,14 @@ import optax
 from diffusion_jax.training.state import dotted
 from diffusion_jax.typing import Array, InputError, Params
 
-Rate = Callable[[Array], Array]
+Rate = Callable[[Any], Array]
 """n: i32[] -> f32[], the learning rate of the update after n others."""
 Decays = Callable[[str, Array], bool]
 """(dotted path, parameter) -> whether weight decay acts on it."""
 Optimizer = optax.GradientTransformation
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""(a, b, c) of (2) by Jordan et al. 2024: five steps take all singular values from 0.002 to 1 to between 0.68 and 1.21."""
+"""(a, b, c) of (2) by Jordan et al. 2024: five steps take singular values from 0.002 to 1 to between 0.68 and 1.21."""
 
 
 # Learning rates ------------------------------------------------------------------------------------------------------
@@ -127,8 +128,9 @@ def muon(
 ) -> Optimizer:
     """Muon for matrices, Adam for the rest: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), by equation (2).
 
-    Kernels, for which `orthogonal` is true, are matrices [all other axes, out]. fused: regular expression -> number of
-    equal parts along `out` that are matrices of their own, as {r"qkv\\.kernel$": 3}; InputError if one does not divide.
+    Kernels, for which `orthogonal` is true, are matrices [all other axes, out]. fused: regular expression -> how many
+    matrices lie side by side in a kernel [in, parts x out] or [in, parts, *out], as {r"qkv\\.kernel$": 3}; InputError
+    if it does not divide.
     A matrix moves by rate sqrt(max(1, out / in)) U V^T with Nesterov momentum or, given `rms`, by rate rms
     sqrt(max(in, out)) U V^T, whose entries are as large as Adam's: 0.2 lets both share a rate (Liu et al. 2025,
     arXiv:2502.16982, equation (4)). dtype: of the products in (2). adam: for the rest, by default
@@ -161,7 +163,7 @@ def schedule_free_adamw(
     `ema=()` does so, and keeps no other average.
     """
 
-    def at(n: Array) -> Array:
+    def at(n: Any) -> Array:
         return rate(n) if callable(rate) else jnp.full((), rate, jnp.float32)
 
     base = optax.chain(
@@ -216,35 +218,33 @@ def orthogonalized(m: Array, iterations: int = 5, dtype: Any = jnp.float32) -> A
 
 def _scale_by_muon(momentum: float, fused: dict[str, int], rms: float | None, iterations: int, dtype: Any) -> Optimizer:
     def init(params: Params) -> MuonState:
-        jax.tree_util.tree_map_with_path(lambda path, leaf: _parts(dotted(path), leaf.shape, fused), params)
+        jax.tree_util.tree_map_with_path(lambda path, leaf: _stacked(dotted(path), leaf.shape, fused), params)
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
-        mu = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.mu, grads)
-        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mu, grads)
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, MuonState]:
+        mu = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.mu, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mu, updates)
         leaves, tree = jax.tree_util.tree_flatten_with_path(ahead)
-        stacks = [_stack(leaf, _parts(dotted(path), leaf.shape, fused)) for path, leaf in leaves]
+        shapes = [_stacked(dotted(path), leaf.shape, fused) for path, leaf in leaves]
+        stacks = [jnp.swapaxes(jnp.reshape(leaf, s), 0, 1) for s, (_, leaf) in zip(shapes, leaves, strict=True)]
         factors = _together(stacks, partial(orthogonalized, iterations=iterations, dtype=dtype))
-        moves = [_unstack(_scaled(o, rms), leaf.shape) for o, (_, leaf) in zip(factors, leaves, strict=True)]
+        moves = [jnp.swapaxes(_scaled(o, rms), 0, 1) for o in factors]
+        moves = [jnp.reshape(move, leaf.shape) for move, (_, leaf) in zip(moves, leaves, strict=True)]
         return jax.tree.unflatten(tree, moves), MuonState(mu)
 
     return Optimizer(init, update)
 
 
-def _parts(path: str, shape: tuple[int, ...], fused: dict[str, int]) -> int:
-    parts = next((n for pattern, n in fused.items() if re.search(pattern, path)), 1)
-    if shape[-1] % parts:
+def _stacked(path: str, shape: tuple[int, ...], fused: dict[str, int]) -> tuple[int, int, int]:
+    """The shape [in, parts, out] of a kernel: parts matrices [in, out]."""
+    parts = next((n for pattern, n in fused.items() if re.search(pattern, path)), None)
+    if parts is None:
+        return math.prod(shape[:-1]), 1, shape[-1]
+    while len(shape) > 2 and shape[0] == 1:  # a convolution over one pixel
+        shape = shape[1:]
+    if math.prod(shape[1:]) % parts:
         raise InputError(f"muon: {path} of shape {shape} does not divide into {parts} fused parts")
-    return parts
-
-
-def _stack(leaf: Array, parts: int) -> Array:
-    """A kernel [*k, in, parts * out] as matrices [parts, k in, out]."""
-    return jnp.moveaxis(jnp.reshape(leaf, (-1, parts, leaf.shape[-1] // parts)), 1, 0)
-
-
-def _unstack(stack: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.reshape(jnp.moveaxis(stack, 0, 1), shape)
+    return math.prod(shape[:1]), parts, math.prod(shape[1:]) // parts
 
 
 def _together(stacks: list[Array], function: Callable[[Array], Array]) -> list[Array]:
