@@ -53,6 +53,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from diffusion_jax.nets import conditioning, layers
@@ -569,8 +570,8 @@ class TimestepEmbedder(nnx.Module):
         self.mlp = nnx.Dict({"0": first, "2": second})
 
     def __call__(self, t: Array) -> Array:
-        rates = 10000.0 ** (jnp.arange(FEATURES // 2, dtype=jnp.float32) * (-2 / FEATURES))
-        angles = t.astype(jnp.float32)[:, None] * rates[None, :]
+        rates = 10000.0 ** (-2 / FEATURES * np.arange(FEATURES // 2))  # double: t is as large as 1000
+        angles = t.astype(jnp.float32)[:, None] * jnp.asarray(rates, jnp.float32)[None, :]
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.mlp["2"](jax.nn.silu(self.mlp["0"](features)))
 
