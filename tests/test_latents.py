@@ -14,6 +14,7 @@ from diffusion_jax.training.latents import (
     Encoding,
     draw_from_moments,
     encode_to_store,
+    false_colours,
     latents,
     read_header,
     weights_digest,
@@ -128,10 +129,21 @@ def test_a_key_per_example_and_none(store):
     again = jnp.roll(moments, 3, axis=0), jnp.roll(keys, 3)
     np.testing.assert_array_equal(prepare(moments, keys, True), jnp.roll(prepare(*again, True), -3, axis=0))
     np.testing.assert_array_equal(prepare(moments, None, False), 0.5 * moments[:, 0, ..., :2].astype(jnp.float32))
-    with pytest.raises(ValueError, match="mirrored copies"):
-        prepare(moments[:, :1], keys, True)
+    np.testing.assert_array_equal(prepare(moments[:, 0], keys, False), prepare(moments, keys, False))
+    np.testing.assert_array_equal(prepare(moments[:, 0], keys, True), prepare(moments, keys, False))
+    with pytest.raises(ValueError, match="floating-point"):
+        prepare(moments.astype(jnp.uint8), keys, False)
     with pytest.raises(ValueError, match="need a key"):
         prepare(moments, None, True)
+
+
+def test_false_colours_are_pictures_of_the_channels():
+    z = jnp.asarray(RNG.normal(size=(2, 4, 4, 4)), jnp.float32)
+    shown = np.asarray(false_colours(z))
+    assert (shown.shape, shown.dtype) == ((2, 4, 4, 3), np.uint8)
+    np.testing.assert_allclose(3 * (shown / 127.5 - 1), np.clip(z[..., :3], -3, 3), atol=0.02)
+    np.testing.assert_array_equal(false_colours(z[..., :2])[..., 2], shown[..., 0])
+    assert false_colours(z[..., :1]).shape == (2, 4, 4, 3)
 
 
 # Going on ------------------------------------------------------------------------------------------------------------
@@ -219,6 +231,8 @@ def test_stores_of_different_autoencoders_are_not_mixed(store):
         with pytest.raises(InputError, match="give another out="):
             encode_to_store(encoding(store, **changed))
     assert latents(store, weights=weights_digest(PARAMS)).shape == (2, 3, 2)
+    with pytest.raises(InputError, match=r"for a scale of 0\.5, not 0\.18"):
+        latents(store, scale=0.18)
     with pytest.raises(InputError, match="from another autoencoder"):
         latents(store, weights=weights_digest(other))
 
@@ -234,7 +248,7 @@ def test_the_digest_is_of_the_values():
 
 def test_without_mirrored_copies(tmp_path):
     encode_to_store(encoding(tmp_path / "s", mirror=False))
-    assert latents(tmp_path / "s").train["image"].shape == (20, 1, 2, 3, 4)
+    assert latents(tmp_path / "s").train["image"].shape == (20, 2, 3, 4)
     with pytest.raises(InputError, match="no mirrored copies"):
         latents(tmp_path / "s", mirrored=True)
 

@@ -1,8 +1,8 @@
 """Latents of a data set, encoded once and kept on disk; training reads them as it would read pictures.
 
 OUT/header.json              what was encoded, by which weights, and what was measured; "complete" comes last
-    train-00000.moments.npy  f16[m, k, h, w, 2 c]: mean and log variance of m examples, and of their mirrored copies
-    train-00000.label.npy    i32[m]                                                                    if k = 2
+    train-00000.moments.npy  f16[m, k, h, w, 2 c]: mean and log variance of m examples; k = 2 with mirrored copies
+    train-00000.label.npy    i32[m]
     train-00000.json         the shard's sums, written when it is whole: a killed run goes on after the last of these
 
 What a step trains on is drawn anew each time from the stored Gaussian of the example or its mirrored copy,
@@ -35,7 +35,7 @@ from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from diffusion_jax.ops import bcast, fold, is_batched, normal_like
-from diffusion_jax.training.data import Data, Prepare, Source, read_ahead, size, take
+from diffusion_jax.training.data import Data, Prepare, Source, read_ahead, size, take, to_uint8
 from diffusion_jax.training.data import prepare as to_x
 from diffusion_jax.training.mesh import replicated, split_axis
 from diffusion_jax.training.records import write_whole
@@ -45,6 +45,7 @@ SHARD = 4096
 """Examples a file holds: what a killed run loses at most, and a host's unit of work."""
 IN_MEMORY = 2**31
 """Stores of at most so many bytes are read whole, so that they can stay on the device."""
+_FIELDS = {"complete", "weights", "scale", "copies", "shard", "examples", "classes", "shape"}
 Encode = Callable[[Params, Array], tuple[Array, Array]]
 """(params, x: f32[b h w c] in [-1, 1]) -> (mean, logvar), each f32[b h' w' c']."""
 
@@ -74,10 +75,13 @@ class Encoding:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def latents(path: str | Path, *, weights: str | None = None, mirrored: bool = False) -> Data:
-    """A store of latents as a data set: examples {"image": f16[k, h, w, 2 c], "label": i32[]}, shape (h, w, c).
+def latents(
+    path: str | Path, *, weights: str | None = None, scale: float | None = None, mirrored: bool = False
+) -> Data:
+    """A store of latents as a data set: examples {"image": f16[h, w, 2 c], "label": i32[]}, shape (h, w, c).
 
-    weights: the digest of the autoencoder it has to be from; mirrored: whether mirrored copies are needed.
+    With mirrored copies in the store an image is f16[2, h, w, 2 c]; `mirrored` says that they are needed. weights: the
+    digest of the autoencoder the store has to be from; scale: the one it was made for.
     InputError, one line, for a folder that is no store, is not complete, or is not what is asked for.
     """
     folder = Path(path).expanduser()
@@ -89,6 +93,8 @@ def latents(path: str | Path, *, weights: str | None = None, mirrored: bool = Fa
             f"the latents in {folder} are from another autoencoder (weights {header['weights'][:12]}) than the one "
             f"given ({weights[:12]})"
         )
+    if scale is not None and header["scale"] != scale:
+        raise InputError(f"the latents in {folder} are for a scale of {header['scale']}, not {scale}")
     if mirrored and header["copies"] < 2:
         raise InputError(
             f"the latents in {folder} have no mirrored copies: encode them with mirror=True, or flip=False"
@@ -106,19 +112,22 @@ def read_header(path: str | Path) -> dict[str, Any]:
         header = json.loads(file.read_text())
     except (OSError, ValueError):
         header = None
-    if not isinstance(header, dict) or not {"complete", "weights", "copies", "examples", "shape"} <= header.keys():
+    if not isinstance(header, dict) or not header.keys() >= _FIELDS:
         raise InputError(f"{file} is damaged: remove {file.parent} and encode again")
     return header
 
 
 def draw_from_moments(scale: float) -> Prepare:
-    """Equation (1) as an experiment's `prepare`: (moments f16[b, k, h, w, 2 c], key, flip) -> x0 f32[b, h, w, c].
+    """Equation (1) as an experiment's `prepare`: (moments f16[b, (2,) h, w, 2 c], key, flip) -> x0 f32[b, h, w, c].
 
-    With `flip`, each example is its mirrored copy with probability 1/2. Without a key, x0 is scale times the mean. A
-    `[b]` array of keys decides each example by its own. ValueError for flips without a key or without copies.
+    With `flip`, each example is its mirrored copy, where there is one, with probability 1/2. Without a key, x0 is scale
+    times the mean. A `[b]` array of keys decides each example by its own. ValueError for flips without a key, or for
+    examples that are not numbers.
     """
 
     def prepare(moments: Array, key: Key | None = None, flip: bool = False) -> Array:
+        if not jnp.issubdtype(moments.dtype, jnp.floating):
+            raise ValueError(f"moments of latents are floating-point, not {moments.dtype}")
         mean, logvar = jnp.split(_chosen(moments, key, flip).astype(jnp.float32), 2, axis=-1)
         if key is None:
             return scale * mean
@@ -129,14 +138,24 @@ def draw_from_moments(scale: float) -> Prepare:
 
 def _chosen(moments: Array, key: Key | None, flip: bool) -> Array:
     """One of the copies of each example."""
-    if not flip:
+    if flip and key is None:
+        raise ValueError("random flips need a key")
+    if moments.ndim == 4:
+        return moments
+    if not flip or key is None:
         return moments[:, 0]
-    if key is None or moments.shape[1] < 2:
-        raise ValueError("flips of latents need a key and mirrored copies")
-    key = fold(key, 0)
-    n = moments.shape[0]
+    key, n = fold(key, 0), moments.shape[0]
     draw = jax.vmap(jax.random.bernoulli)(key) if is_batched(key) else jax.random.bernoulli(key, shape=(n,))
     return jnp.where(bcast(draw, moments[:, 0]), moments[:, 1], moments[:, 0])
+
+
+def false_colours(latent: Array) -> Array:
+    """Latents of about unit deviation as pictures, f32[..., c] -> u8[..., 3]: three channels as red, green and blue.
+
+    For want of a decoder. The first three, repeated where there are fewer; three deviations each way are shown.
+    """
+    channels = jnp.stack([latent[..., i % latent.shape[-1]] for i in range(3)], axis=-1)
+    return to_uint8(channels / 3.0)
 
 
 def _open_split(folder: Path, split: str, header: Mapping[str, Any]) -> Source:
@@ -179,7 +198,7 @@ def _mapped(stem: Path, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"cannot read {stem}.*.npy, a part of a store of latents: {error}") from error
     if not len(moments) == len(labels) == wanted:
         raise InputError(f"{stem}.*.npy has {len(moments)} latents and {len(labels)} labels instead of {wanted}")
-    return moments, labels
+    return moments if moments.shape[1] > 1 else moments[:, 0], labels
 
 
 def _name(split: str, shard: int) -> str:
