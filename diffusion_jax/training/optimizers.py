@@ -47,6 +47,9 @@ Optimizer = optax.GradientTransformation
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """(a, b, c) of (2) by Jordan et al. 2024: five steps take singular values from 0.002 to 1 to between 0.68 and 1.21."""
 
+STACK = 2**24
+"""Numbers in a stack of matrices that Muon orthogonalizes together: large products, and small temporary arrays."""
+
 
 # Learning rates ------------------------------------------------------------------------------------------------------
 
@@ -177,7 +180,13 @@ def schedule_free_adamw(
 
 def clip(optimizer: Optimizer, norm: float) -> Optimizer:
     """The optimizer on gradients whose norm, over all parameters together, is at most `norm`."""
-    return optax.chain(optax.clip_by_global_norm(norm), optimizer)
+
+    def shrink(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        # One product for each gradient: it fuses into what comes next, where Optax's quotient makes a copy of them all.
+        scale = jnp.minimum(1.0, norm / (optax.global_norm(updates) + 1e-30))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+
+    return optax.chain(Optimizer(optax.init_empty_state, shrink), optimizer)
 
 
 def projected(optimizer: Optimizer, project: Callable[[Params], Params]) -> Optimizer:
@@ -206,14 +215,23 @@ class MuonState(NamedTuple):
 
 def orthogonalized(m: Array, iterations: int = 5, dtype: Any = jnp.float32) -> Array:
     """About U V^T of every matrix in `f32[... in out]`, by `iterations` steps of equation (2) in `dtype`."""
+    return _iterated(_started(m, dtype), iterations).astype(m.dtype)
+
+
+def _started(m: Array, dtype: Any) -> Array:
+    """X_0 of (2)."""
+    return (m / (jnp.linalg.norm(m, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+
+
+def _iterated(x: Array, iterations: int) -> Array:
+    """X_k of (2), by the smaller of the two Gram matrices."""
     a, b, c = QUINTIC
-    tall = m.shape[-2] > m.shape[-1]
-    x = jnp.swapaxes(m, -1, -2) if tall else m
-    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
     for _ in range(iterations):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (jnp.swapaxes(x, -1, -2) if tall else x).astype(m.dtype)
+    return jnp.swapaxes(x, -1, -2) if tall else x
 
 
 def _scale_by_muon(momentum: float, fused: dict[str, int], rms: float | None, iterations: int, dtype: Any) -> Optimizer:
@@ -227,8 +245,8 @@ def _scale_by_muon(momentum: float, fused: dict[str, int], rms: float | None, it
         leaves, tree = jax.tree_util.tree_flatten_with_path(ahead)
         shapes = [_stacked(dotted(path), leaf.shape, fused) for path, leaf in leaves]
         stacks = [jnp.swapaxes(jnp.reshape(leaf, s), 0, 1) for s, (_, leaf) in zip(shapes, leaves, strict=True)]
-        factors = _together(stacks, partial(orthogonalized, iterations=iterations, dtype=dtype))
-        moves = [jnp.swapaxes(_scaled(o, rms), 0, 1) for o in factors]
+        factors = _together([_started(stack, dtype) for stack in stacks], partial(_iterated, iterations=iterations))
+        moves = [jnp.swapaxes(_scaled(o.astype(jnp.float32), rms), 0, 1) for o in factors]
         moves = [jnp.reshape(move, leaf.shape) for move, (_, leaf) in zip(moves, leaves, strict=True)]
         return jax.tree.unflatten(tree, moves), MuonState(mu)
 
@@ -248,18 +266,29 @@ def _stacked(path: str, shape: tuple[int, ...], fused: dict[str, int]) -> tuple[
 
 
 def _together(stacks: list[Array], function: Callable[[Array], Array]) -> list[Array]:
-    """The function of each stack of matrices; those of one shape go through it together, for few, large products."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, stack in enumerate(stacks):
-        groups.setdefault(stack.shape[1:], []).append(i)
+    """The function of each stack of matrices; some of one shape go through it together, for few and large products."""
     out = list(stacks)
-    for members in groups.values():
+    for members in _groups([stack.shape for stack in stacks]):
         done = function(jnp.concatenate([stacks[i] for i in members]))
         start = 0
         for i in members:
             out[i] = done[start : start + len(stacks[i])]
             start += len(stacks[i])
     return out
+
+
+def _groups(shapes: list[tuple[int, ...]]) -> list[list[int]]:
+    """The places of stacks of matrices of one shape, up to `STACK` numbers (or one stack) at a time."""
+    groups: list[list[int]] = []
+    fullness: dict[tuple[int, ...], tuple[int, list[int]]] = {}
+    for i, shape in enumerate(shapes):
+        size, group = fullness.get(shape[1:], (STACK, []))
+        if size + math.prod(shape) > STACK:
+            size, group = 0, []
+            groups.append(group)
+        group.append(i)
+        fullness[shape[1:]] = (size + math.prod(shape), group)
+    return groups
 
 
 def _scaled(o: Array, rms: float | None) -> Array:
