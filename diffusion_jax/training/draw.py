@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax import samplers
 from diffusion_jax.experiment import Experiment, check_at_least, check_seed, initial_state
-from diffusion_jax.training import checkpoint
+from diffusion_jax.training import checkpoint, hosts, writer
 from diffusion_jax.training.generate import at_a_time, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
 from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
@@ -34,6 +35,8 @@ SAMPLERS: dict[str, Callable[[Schedule], Sampler]] = {
     "unipc": samplers.unipc,
     "deis": samplers.deis,
 }
+PLACE = ("coordinator", "processes", "process")
+"""The options that say which of several processes this one is; all others are the same for all."""
 
 
 def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, Any]) -> str:
@@ -41,6 +44,8 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
 
     InputError for a run without checkpoints, or options that do not fit the experiment.
     """
+    same = {key: value for key, value in options.items() if key not in PLACE}
+    hosts.check_same(hosts.fingerprint({"arguments": same}, folder=str(folder)))
     check_at_least(1, n=options["n"])
     check_seed(options["seed"])
     labels = _labels(experiment, options)
@@ -48,29 +53,35 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
         experiment, sampler=_sampler(experiment, options), steps=options["steps"], guidance=options["guidance"]
     )
     mesh = make_mesh(options["devices"])
-    params, step, average = _params(experiment, folder, options["checkpoint"], options.get("ema"))
+    params, step, average = _params(experiment, folder, options["checkpoint"], options.get("ema"), mesh)
     out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}{average}"
-    out.mkdir(parents=True, exist_ok=True)
+    hosts.on_first(lambda: out.mkdir(parents=True, exist_ok=True), "folder")
     pictures = make_pictures(draw, mesh, at_a_time(experiment), experiment.decode)
     parts = pictures(params, options["n"], options["seed"], labels)
     return _write(parts, out, options, labels)
 
 
 def _params(
-    experiment: Experiment, folder: Path, which: str, sigma_rel: float | None
+    experiment: Experiment, folder: Path, which: str, sigma_rel: float | None, mesh: Mesh
 ) -> tuple[Params, int | None, str]:
     """The parameters to draw from, their step, and what a folder's name says of their average."""
     if sigma_rel is None:
-        return *load_averaged(experiment, folder, which), ""
+        return *load_averaged(experiment, folder, which, mesh if hosts.several() else None), ""
     if which != "newest" and not which.isdigit():
         raise InputError(f"checkpoint={which}: for ema={sigma_rel} give a step, or nothing for the newest")
     params, error, step = reconstruct(folder / "averages", sigma_rel, int(which) if which.isdigit() else None)
-    tqdm.write(f"ema={sigma_rel} at step {step}: its profile is met to {100 * error:.2g} %")
-    return params, step, f"-ema={sigma_rel}"
+    if hosts.first():
+        tqdm.write(f"ema={sigma_rel} at step {step}: its profile is met to {100 * error:.2g} %")
+    return hosts.place(params, replicated(mesh)), step, f"-ema={sigma_rel}"
 
 
-def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -> tuple[Params, int]:
-    """The averaged parameters of a run and their step; `which` is newest, best, or a step."""
+def load_averaged(
+    experiment: Experiment, folder: Path, which: str = "newest", mesh: Mesh | None = None
+) -> tuple[Params, int]:
+    """The averaged parameters of a run and their step; `which` is newest, best, or a step.
+
+    They lie on the first device, or whole on all those of a mesh.
+    """
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"no checkpoint in {folder}: train first")
     manager = checkpoint.open_read_only(folder / "checkpoints")
@@ -80,7 +91,7 @@ def load_averaged(experiment: Experiment, folder: Path, which: str = "newest") -
             raise InputError(f"checkpoint={which}: there are newest, best, {', '.join(map(str, sorted(steps)))}")
         step = int(which) if which.isdigit() else _best(folder) if which == "best" else None
         init = partial(initial_state, experiment)
-        whole = replicated(make_mesh(1))
+        whole = replicated(mesh or make_mesh(1))
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(init))
         restored = checkpoint.restore(manager, like, tqdm.write, step, read_only=True)
     finally:
@@ -114,26 +125,27 @@ def _sampler(experiment: Experiment, options: Mapping[str, Any]) -> Sampler | No
 
 
 def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray | None) -> str:
-    n, kept, shown = options["n"], [], []
-    with tqdm(total=n, desc="drawing", unit="image", dynamic_ncols=True) as bar:
+    """Write what is drawn while more is drawn; of several processes, process 0."""
+    n, shown, written = options["n"], [], options["format"] if hosts.first() else "nothing"
+    writers = {
+        "png": lambda: writer.png_files(out),
+        "npz": lambda: writer.npz_file(out / "images.npz", n, labels),
+        "grid": writer.nothing,
+        "nothing": writer.nothing,
+    }
+    bar = tqdm(total=n, desc="drawing", unit="image", dynamic_ncols=True, disable=not hosts.first())
+    start = 0
+    with bar, writers[written]() as write:
         for part in parts:
-            start = bar.n
-            if options["format"] == "png":
-                for i, image in enumerate(part):
-                    save_picture(out / f"{start + i:06d}.png", image)
-            elif options["format"] == "npz":
-                kept.append(part)
+            write(start, part)
             shown += list(part[: max(0, 100 - len(shown))])
+            start += len(part)
             bar.update(len(part))
-    columns = 10 if len(shown) >= 10 else len(shown)
-    save_picture(out / "grid.png", grid(np.stack(shown), columns, fitting_scale(shown[0].shape[1], columns)))
-    (out / "settings.json").write_text(json.dumps(dict(options), indent=2) + "\n")
-    if options["format"] == "npz":
-        images = np.concatenate(kept)
-        if labels is None:
-            np.savez(out / "images.npz", images=images)
-        else:
-            np.savez(out / "images.npz", images=images, labels=labels)
+    if hosts.first():
+        columns = 10 if len(shown) >= 10 else len(shown)
+        save_picture(out / "grid.png", grid(np.stack(shown), columns, fitting_scale(shown[0].shape[1], columns)))
+        settings = {key: value for key, value in options.items() if key not in PLACE}
+        (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     return (
         f"{n} pictures in {out}: grid.png"
         + {"png": ", 000000.png …", "npz": ", images.npz", "grid": ""}[options["format"]]

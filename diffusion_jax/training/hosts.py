@@ -145,7 +145,7 @@ def _pod_workers(environment: Mapping[str, str]) -> int:
 
 def _initialize(coordinator: str, processes: int | None, process: int | None) -> None:
     """`jax.distributed.initialize`, whose errors are one line and whose handler of SIGTERM gives way to ours."""
-    if jax.config.jax_cpu_collectives_implementation != "mpi":
+    if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
@@ -407,7 +407,8 @@ def _died(process: int, names: Sequence[str], silent: float | None) -> str:
 
 
 def _called(process: int, names: Sequence[str]) -> str:
-    return f"{process} ({names[process]})" if names[process] != "?" else str(process)
+    known = 0 <= process < len(names) and names[process] != "?"
+    return f"{process} ({names[process]})" if known else str(process)
 
 
 def _end(message: str | None, code: int) -> None:
@@ -523,7 +524,7 @@ def fingerprint(record: Mapping[str, Any], **options: Any) -> dict[str, Any]:
 def check_same(values: Mapping[str, Any], label: str = "arguments") -> None:
     """InputError, the same on every process, unless all were started alike: what differs, and each value."""
     everyone = gather(json.loads(json.dumps(dict(values), default=str)), label)
-    names = ["?"] if _group is None else _group.names
+    names = [] if _group is None else _group.names
     keys = list(dict.fromkeys(key for one in everyone for key in one))
     told = [text for key in keys if (text := _difference(key, [one.get(key) for one in everyone], names))]
     if told:
