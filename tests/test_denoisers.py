@@ -1,4 +1,4 @@
-"""A denoiser of one schedule under another: against the exact denoiser of either."""
+"""A denoiser of one schedule under another, against the exact denoiser of either; a learned uncertainty."""
 
 import itertools
 
@@ -73,6 +73,65 @@ def test_derivative_in_time_is_that_of_the_other_schedule():
             for d in (moved, mixtures.denoiser(LAW, schedule))
         )
     np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
+def with_uncertainty(x, t, cond):
+    """A network whose last channel is a number of each example's own level, at all pixels."""
+    u = jnp.broadcast_to(dj.bcast(jnp.sin(3 * t), x), (*x.shape[:-1], 1))
+    return jnp.concatenate([jnp.tanh(x) * (1 if cond is None else dj.bcast(cond, x)), u], axis=-1)
+
+
+def test_uncertainty_is_split_off_and_changes_nothing_else():
+    x, t, schedule = jax.random.normal(jax.random.key(0), (3, 4, 4, 2)), jnp.asarray([0.1, 0.4, 0.9]), dj.cosine()
+    bare = dj.edm_precondition(lambda *a: with_uncertainty(*a)[..., :-1], schedule, 0.5)
+    carrying = dj.edm_precondition(with_uncertainty, schedule, 0.5, uncertainty=True)
+    plain, split = jax.jit(lambda x, t: (bare(x, t), carrying(x, t)))(x, t)
+    assert plain.uncertainty is None
+    np.testing.assert_array_equal(plain.x0, split.x0)
+    np.testing.assert_array_equal(plain.eps, split.eps)
+    alpha, sigma = (np.asarray(a) for a in schedule(t))
+    np.testing.assert_allclose(split.uncertainty, np.sin(3 * np.log(sigma / alpha) / 4), rtol=1e-4)
+    with pytest.raises(ValueError, match="the output has shape"):
+        jax.eval_shape(dj.edm_precondition(with_uncertainty, schedule, 0.5), x[..., :1], t)
+
+
+GUIDED = {
+    "classifier_free": lambda d, scale: dj.classifier_free(d, 0.3, scale),
+    "cfg_rescale": lambda d, scale: dj.cfg_rescale(d, dj.edm(), 0.3, scale, 0.7),
+    "cfg_pp": lambda d, scale: dj.cfg_pp(d, 0.3, scale),
+    "apg": lambda d, scale: dj.apg(d, dj.edm(), 0.3, scale, eta=0.0),
+    "perpendicular": lambda d, scale: dj.perpendicular(d, 0.3, [0.7], scale, [0.5]),
+    "autoguidance": lambda d, scale: dj.autoguidance(d, lambda x, t, c: d(x, t, c / 2), scale),
+    "classifier": lambda d, scale: dj.classifier(d, dj.edm(), lambda x, t, c: -jnp.sum(x**2, (1, 2, 3)), scale),
+    "static_threshold": lambda d, scale: dj.static_threshold(d, dj.edm()),
+    "dynamic_threshold": lambda d, scale: dj.dynamic_threshold(d, dj.edm(), 0.9),
+    "reschedule": lambda d, scale: reschedule(d, dj.edm(), dj.edm(), 0.01, 80.0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_what_takes_denoisers_takes_one_with_an_uncertainty(name):
+    """Traced with a scale of each level's own, so that both sides of every condition are seen."""
+    x, t = jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    denoiser = dj.edm_precondition(with_uncertainty, dj.edm(), 0.5, uncertainty=True)
+    guided = GUIDED[name](denoiser, lambda t: jnp.where(t < 1, 1.0, 2.0))
+    out = jax.eval_shape(guided, x, t, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert out.x0.shape == out.eps.shape == x.shape
+
+
+def test_sampling_and_vectors_with_an_uncertainty():
+    """A sampler's result does not depend on it; a denoiser of pytrees may carry it."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 4, 4, 1)), jnp.asarray([0.1, 1.0])
+    split = dj.edm_precondition(with_uncertainty, dj.edm(), 0.5, uncertainty=True)
+    plain = dj.edm_precondition(lambda *a: with_uncertainty(*a)[..., :-1], dj.edm(), 0.5)
+    drawn = [
+        jax.jit(lambda x, d=d: dj.sample(jax.random.key(0), dj.heun(dj.edm()), d, 80 * x, dj.karras(3)))(x)
+        for d in (split, plain)
+    ]
+    np.testing.assert_allclose(*drawn, rtol=1e-5)
+    flat, ravel, _ = dj.ravelled(split, x[0])
+    pair = jax.jit(lambda x, t: (flat(ravel(x), t).x0, ravel(plain(x, t).x0)))(x, t)
+    np.testing.assert_allclose(*pair, rtol=1e-6)
 
 
 def test_dtypes_and_what_is_dropped():

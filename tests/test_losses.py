@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import optimize, stats
 
 import diffusion_jax as dj
@@ -17,6 +18,9 @@ from diffusion_jax.losses import (
     sigmoid_weight,
     uncertainty_loss,
 )
+from diffusion_jax.nets import forced_weight_norm, functional
+from diffusion_jax.nets.edm2 import MPConv, MPFourier
+from diffusion_jax.training import optimizers
 
 B, D = 6, 4
 
@@ -195,6 +199,81 @@ def test_learned_uncertainty_is_least_at_the_mean_loss_and_levels_gradients():
             u = jnp.log(scale * jnp.asarray(0.7) ** 2)
             gradient = jax.grad(lambda a, s=scale, u=u: uncertainty_loss(s * a**2, u))(jnp.asarray(0.7))
             assert float(gradient) == pytest.approx(2 / 0.7, rel=1e-9)
+
+
+def test_a_learned_uncertainty_becomes_the_log_of_the_expected_loss_of_each_level():
+    """EDM2's head for u(t), beside the exact denoiser of Gaussian data of variance s^2, trained by `denoising_loss`.
+
+    The expected loss of the exact denoiser under `edm_weight` is s^2 (sigma^2 + sd^2) / (sd^2 (sigma^2 + s^2)): 1 where
+    there is little noise and s^2 / sd^2 where there is much. The pictures of a batch have noise levels of their own.
+    """
+    s, sd, schedule = 2.0, 0.5, dj.edm()
+
+    class Exact(nnx.Module):
+        """F of the exact denoiser, from x = c_in x_t, with u(t) as its last channel."""
+
+        def __init__(self, rngs):
+            self.logvar_fourier = MPFourier(rngs, 128)
+            self.logvar_linear = MPConv(rngs, 128, 1, jnp.float32)
+
+        def __call__(self, x, c_noise, cond, *, key):
+            sigma = dj.bcast(jnp.exp(4 * c_noise), x)
+            norm = jnp.sqrt(sigma**2 + sd**2)
+            exact = x * norm * s**2 / (s**2 + sigma**2)
+            out = (exact - x * norm * (sd / norm) ** 2) / (sigma * sd / norm)
+            u = self.logvar_linear(self.logvar_fourier(c_noise))[:, 0]
+            return jnp.concatenate([out, jnp.broadcast_to(dj.bcast(u, x), (*x.shape[:-1], 1))], axis=-1)
+
+    net = functional(Exact)
+
+    def loss(params, key):
+        draws = jax.random.split(key, 3)
+        x0 = s * jax.random.normal(draws[0], (256, 4, 4, 1))
+        t = dj.draw_lognormal(0.0, 1.6)(draws[1], 256)
+        model = dj.edm_precondition(functools.partial(net.apply, params), schedule, sd, uncertainty=True)
+        eps = jax.random.normal(draws[2], x0.shape)
+        return jnp.mean(dj.denoising_loss(model, schedule, x0, t, eps, target="x0", weight=dj.edm_weight(sd)))
+
+    optimizer = optimizers.projected(optimizers.adamw(optimizers.cosine(0.03, 1000)), forced_weight_norm)
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, key), state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(2), 1000))[0][0]
+
+    sigma = np.geomspace(0.05, 20, 13)
+    wanted = np.log(s**2 * (sigma**2 + sd**2) / (sd**2 * (sigma**2 + s**2)))
+    assert np.ptp(wanted) > 2.5
+
+    def found(params):
+        x = jnp.zeros((13, 1, 1, 1))
+        return dj.edm_precondition(functools.partial(net.apply, params), schedule, sd, uncertainty=True)(
+            x, jnp.asarray(sigma, jnp.float32)
+        ).uncertainty
+
+    start = net.init(jax.random.key(0))
+    assert np.max(np.abs(jax.jit(found)(start) - wanted)) > 0.5
+    np.testing.assert_allclose(jax.jit(found)(train(start)), wanted, atol=0.1)
+
+
+def test_loss_with_an_uncertainty_is_that_of_equation_15():
+    """One number an example, whose gradient reaches the denoiser through both terms; without one nothing changes."""
+    with jax.enable_x64(True):
+        x0, eps, t = batch()
+        u = np.linspace(-1.0, 2.0, B)
+
+        def model(x, t, cond):
+            return dj.from_x0(dj.cosine(), x, t, jnp.tanh(x))
+
+        plain = dj.denoising_loss(model, dj.cosine(), x0, t, eps)
+        learned = dj.denoising_loss(
+            lambda x, t, cond: model(x, t, cond)._replace(uncertainty=jnp.asarray(u)), dj.cosine(), x0, t, eps
+        )
+    np.testing.assert_allclose(learned, np.asarray(plain) / np.exp(u) + u, rtol=1e-12)
 
 
 def test_loss_is_the_mean_squared_error_written_out():
