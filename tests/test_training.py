@@ -12,12 +12,12 @@ import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from diffusion_jax.training import checkpoint, ema
 from diffusion_jax.training.data import batch_indices, gather
 from diffusion_jax.training.generate import example_keys, make_draw, make_pictures
-from diffusion_jax.training.mesh import make_mesh, replicated, state_shardings
+from diffusion_jax.training.mesh import make_mesh
 from diffusion_jax.training.state import TrainState, digest, init_state, parameter_count
 from diffusion_jax.training.step import make_dispatch, make_loss_fn, make_train_step
 from diffusion_jax.typing import InputError, Net
@@ -423,34 +423,6 @@ def test_a_writing_error_is_an_os_error(tmp_path, monkeypatch):
 
 
 # Devices, drawing ----------------------------------------------------------------------------------------------------
-
-
-def test_shardings_take_the_largest_axis_that_divides():
-    mesh = jax.sharding.AbstractMesh((8, 1), ("data", "model"))
-    shapes = {
-        "kernel": jax.ShapeDtypeStruct((3, 3, 64, 128), jnp.float32),
-        "odd": jax.ShapeDtypeStruct((64, 129), jnp.float32),
-        "small": jax.ShapeDtypeStruct((64,), jnp.float32),
-        "never": jax.ShapeDtypeStruct((33, 35), jnp.float32),
-    }
-    specs = {k: s.spec for k, s in state_shardings(mesh, shapes, split=True).items()}
-    assert specs["kernel"] == PartitionSpec(None, None, None, "data")
-    assert specs["odd"] == PartitionSpec("data")
-    assert specs["small"] == specs["never"] == PartitionSpec()
-    assert {s.spec for s in state_shardings(mesh, shapes).values()} == {PartitionSpec()}
-
-
-def test_meshes_that_cannot_be_are_refused():
-    with pytest.raises(InputError, match="devices=99: this machine has"):
-        make_mesh(99)
-    with pytest.raises(InputError, match="devices=0"):
-        make_mesh(0)
-
-
-def test_the_state_is_placed_as_its_shardings_say(small):
-    mesh = make_mesh(1)
-    shardings = state_shardings(mesh, jax.eval_shape(partial(fresh, small)), split=True)
-    assert jax.tree.leaves(shardings)[0] == replicated(mesh)
 
 
 def test_parameters_are_counted_without_computing(small):
