@@ -189,6 +189,18 @@ def test_space_convolutions_are_those_of_each_frame():
     np.testing.assert_allclose(y[:, 2], quick(frame.apply)(params, x, T), atol=2e-4)
 
 
+@pytest.mark.parametrize(("widths", "stride"), [((1, 3, 3), (1, 2, 2)), ((3, 1, 1), (2, 1, 1)), ((1, 3, 1), 1)])
+def test_convolutions_along_some_axes(widths, stride):
+    """Whatever axes are joined: against the definition, with zeros in a kernel of 3 x 3 x 3."""
+    kernel, x = normal(1, *widths, 2, 5), normal(2, 2, 4, 6, 4, 2)
+    padded = jnp.pad(kernel, [(1, 1) if n == 1 else (0, 0) for n in widths] + [(0, 0)] * 2)
+    # With stride 2 and "SAME" the pixels before an even axis are none, along an axis of width 1 one.
+    steps = layers.per_axis(stride, 3)
+    pads = [(1, 1) if step == 1 else (0, 1) for step in steps]
+    expected = jax.lax.conv_general_dilated(x, padded, steps, pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    np.testing.assert_allclose(layers.conv(x, kernel, stride), expected, atol=1e-4)
+
+
 def test_split_convolution_is_the_product_of_its_kernels():
     space, time = normal(1, 1, 3, 3, 2, 5), normal(2, 3, 1, 1, 5, 4)
     x = normal(3, 2, 4, 6, 6, 2)

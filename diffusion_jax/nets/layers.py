@@ -123,12 +123,22 @@ def per_axis(n: PerAxis, ndim: int) -> tuple[int, ...]:
 
 
 def conv(x: Array, kernel: Array, stride: PerAxis = 1) -> Array:
-    """Convolve `x: [b, *pixels, n_in]` with `kernel: [*widths, n_in, n_out]`, padding "SAME"."""
+    """Convolve `x: [b, *pixels, n_in]` with `kernel: [*widths, n_in, n_out]`, padding "SAME".
+
+    Of three axes, those along which nothing happens join others, because compilers have fast code for two.
+    """
     ndim = x.ndim - 2
     pixels, strides = "DHW"[-ndim:], per_axis(stride, ndim)
     numbers = (f"N{pixels}C", f"{pixels}IO", f"N{pixels}C")
-    if all(step == 1 for step in strides) and all(width == 1 for width in kernel.shape[:ndim]):
+    idle = [width == step == 1 for width, step in zip(kernel.shape, strides, strict=False)]
+    if all(idle):
         return jnp.matmul(x, kernel[(0,) * ndim])
+    if ndim == 3 and idle[0]:
+        y = conv(jnp.reshape(x, (-1, *x.shape[2:])), kernel[0], strides[1:])
+        return jnp.reshape(y, (*x.shape[:2], *y.shape[1:]))
+    if ndim == 3 and idle[1] and idle[2]:
+        y = conv(jnp.reshape(x, (*x.shape[:2], -1, x.shape[-1])), kernel[:, :, 0], strides[:2])
+        return jnp.reshape(y, (*y.shape[:2], *x.shape[2:4], y.shape[-1]))
     return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
 
 
