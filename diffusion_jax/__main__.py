@@ -349,25 +349,21 @@ def _explain(error: Exception, words: list[str]) -> tuple[str, int]:
 
 
 def _out_of_memory(text: str, words: list[str]) -> str:
-    """What did not fit, and which of this command's arguments make it smaller."""
-    from diffusion_jax.experiment import find_experiment
-
+    """What did not fit, what takes memory, and which of this command's arguments make it smaller."""
     command, name, *rest = words
-    known = {*inspect.signature(find_experiment(name)).parameters, *inspect.signature(COMMANDS[command][1]).parameters}
-    switches = {
-        "accumulate": "accumulate=2 or more parts of each batch",
-        "remat": "remat= (activations computed again)",
-        "split": "split=True and tensor= (more devices)",
-        "precision": "precision=bfloat16",
-        "batch": "a smaller batch=",
-    }
-    helps = ", ".join(text for switch, text in switches.items() if switch in known)
-    given = " ".join(word for word in rest if not word.startswith(("run=", "runs=")))
-    arguments = f' ARGS="{given}"' if given else ""
-    return (
-        f"out of memory ({text[:160]}); what helps: {helps or 'fewer pictures at a time'}, a smaller network; "
-        f"make plan EXP={name}{arguments} says what takes how much"
-    )
+    if command != "train":
+        return f"out of memory: try fewer devices' worth at a time, a smaller batch or network ({text[:160]})"
+    from diffusion_jax.experiment import find_experiment
+    from diffusion_jax.planning.shortage import shortage
+
+    function = find_experiment(name)
+    own, options = _divided(name, function, rest, run_options, "train")
+    arguments = resolve(function, own, name)
+    where = {key: options[key] for key in ("devices", "split", "tensor")}
+    what = shortage(function(**arguments), arguments, **where)
+    given = " ".join(word for word in rest if word.partition("=")[0] in {*own, *where})
+    plan = f'make plan EXP={name} ARGS="{given}"' if given else f"make plan EXP={name}"
+    return f"out of memory: {what}; {plan} reckons it all ({text[:160]})"
 
 
 def _fail(message: str, code: int) -> int:

@@ -480,12 +480,24 @@ def test_a_signal_while_the_data_is_loaded(tmp_path, number):
     ]
 
 
-def test_unknown_errors_of_a_device_are_explained_when_memory_is_short(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_shortage_of_memory_is_explained(capsys, monkeypatch, command):
+    """With what the plan says of the state, the switches that are not on yet, and the command of the whole plan."""
+
     def short(name, words):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.\nlong story")
 
-    monkeypatch.setitem(sys.modules["diffusion_jax.__main__"].COMMANDS, "train", (short, lambda: {}))
-    assert "out of memory: try accumulate=" in fails(capsys, "train", "digits", code=1)
+    monkeypatch.setitem(sys.modules["diffusion_jax.__main__"].COMMANDS, command, (short, lambda: {}))
+    said = fails(capsys, command, TOY, *(["width=24", "accumulate=2"] if command == "train" else []), code=1)
+    assert said.startswith("error: out of memory: ")
+    assert "allocate 99 bytes" in said
+    if command == "train":
+        net = find_experiment(TOY)(width=24).net
+        assert f"parameters {4 * parameter_count(net) / 2**10:.1f} KiB" in said
+        assert f'make plan EXP={TOY} ARGS="width=24 accumulate=2"' in said
+        assert "batch (" in said
+        assert "accumulate=2 (" not in said
+        assert "split=True (" not in said, "there is one device"
 
 
 # Every experiment ----------------------------------------------------------------------------------------------------

@@ -36,13 +36,15 @@ def described(by, port, n, i):
     """(arguments, environment) that tell process i of n of the others."""
     if by == "slurm":
         return [], {
-            "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": f"{n}",
-            "SLURM_STEP_NUM_TASKS": f"{n}", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}", "JAX_COORDINATOR_PORT": f"{port}",
+            "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_NTASKS": f"{n}", "SLURM_STEP_NUM_TASKS": f"{n}", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}",
+            "JAX_COORDINATOR_PORT": f"{port}",
         }  # fmt: skip
     if by == "ompi":
         return [], {
             "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": f"{n}",
-            "OMPI_COMM_WORLD_RANK": f"{i}", "OMPI_COMM_WORLD_LOCAL_RANK": f"{i}", "JAX_COORDINATOR_PORT": f"{port}",
+            "OMPI_COMM_WORLD_RANK": f"{i}", "OMPI_COMM_WORLD_LOCAL_RANK": f"{i}",
+            "JAX_COORDINATOR_PORT": f"{port}",
         }  # fmt: skip
     return [f"coordinator=127.0.0.1:{port}", f"processes={n}", f"process={i}"], {}
 
@@ -298,7 +300,7 @@ def test_a_silent_process_counts_as_dead(several, tmp_path):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (lambda i: [f"width={32 + i}"], r"width is 32 on process 0 \(.*\) and 33 on process 1 \(.*\)"),
+        (lambda i: [f"width={32 + 2 * i}"], r"width is 32 on process 0 \(.*\) and 34 on process 1 \(.*\)"),
         (lambda i: ["nothing=1"] if i else [], r"toy.py has no argument 'nothing'"),
         (lambda i: ["batch=15"], r"batch of 15 cannot be split evenly over 2 devices"),
     ],
