@@ -14,14 +14,11 @@ from PIL import Image
 
 from diffusion_jax.__main__ import main
 from diffusion_jax.experiment import find_experiment
-from diffusion_jax.nets import count, kl_autoencoder
-from diffusion_jax.training.data import batch_indices, feed, prepare, read_ahead
-from diffusion_jax.training.latents import latents
+from diffusion_jax.nets import count
+from diffusion_jax.training.data import batch_indices, feed, read_ahead
 from diffusion_jax.training.sources import ilsvrc, imagenet
 from diffusion_jax.training.sources.decoding import read_square
 from diffusion_jax.typing import InputError
-from diffusion_jax.weights import files
-from diffusion_jax.weights.autoencoder import load, to_diffusers
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
 SIZES = ((40, 30), (30, 70), (64, 64), (133, 90), (16, 200), (50, 37))
@@ -309,38 +306,7 @@ def test_reading_ahead_ends_and_keeps_its_order():
     it.close()
 
 
-# From a folder to samples ---------------------------------------------------------------------------------------------
-
-SMALL = "size=16 widths=8,8 autoencoder={vae} latents={store} model=S depth=1 width=16 heads=2 classes=3 "
-SMALL += "precision=float32 batch=4 steps=2 sample_steps=2 log_every=1 runs={runs}"
-
-
-def command(words):
-    assert main(words.split()) == 0
-
-
-def test_folder_latents_training_samples(folder, tmp_path, capfd):
-    """The whole chain of `imagenet256_dit_xl2` at miniature size, by its commands."""
-    vae = kl_autoencoder(widths=(8, 8))
-    names = {"vae": tmp_path / "vae.safetensors", "store": tmp_path / "store", "runs": tmp_path / "runs"}
-    files.save(names["vae"], to_diffusers(vae.init(jax.random.key(0))))
-    command(
-        f"latents imagenet256_dit_xl2 path={folder} autoencoder={names['vae']} out={names['store']} "
-        "size=16 widths=8,8 batch=6 precision=float32"
-    )
-    assert "24 latents in" in capfd.readouterr().out
-    mean = latents(names["store"]).train["image"][7, 0, ..., :4]
-    pixels = imagenet(16, folder, cache_bytes=0).train[7]["image"]
-    q = jax.jit(vae.encode)(load(names["vae"], vae), prepare(jnp.asarray(pixels[None])))
-    np.testing.assert_allclose(mean, q.mean[0], atol=0.01 * float(jnp.abs(q.mean).max()))
-    small = SMALL.format(**names)
-    command(f"train imagenet256_dit_xl2 {small}")
-    run = next((tmp_path / "runs" / "imagenet256_dit_xl2").iterdir())
-    assert Image.open(run / "samples.png").mode == "RGB"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
-    command(f"sample imagenet256_dit_xl2 n=3 out={tmp_path / 'out'} runs={names['runs']}")
-    assert Image.open(tmp_path / "out" / "000002.png").size == (16, 16)
+# The experiment -------------------------------------------------------------------------------------------------------
 
 
 def test_the_experiment_has_the_papers_numbers():
