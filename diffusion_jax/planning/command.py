@@ -6,10 +6,9 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diffusion_jax.arguments import Count
-from diffusion_jax.typing import InputError
 
 
 def plan_options(

@@ -4,14 +4,15 @@ With F_i operations, B_i bytes of main memory and c_i cycles (the compiler's own
 operation i, and collectives that send S_j bytes over links of bandwidth b_j, h_j hops away,
 
     t_i = max(F_i / peak, B_i / bandwidth, c_i / clock)                                                            (1)
-    T_ops = max(sum_i t_i, sum_i B_i / bandwidth)                  copies that run beside operations only in the second (2)
+    T_ops = max(sum_i t_i, sum_i B_i / bandwidth)                                                                  (2)
     t_j = S_j / b_j + h_j 1 us                                                                                     (3)
     T = T_ops + sum of t_j, j synchronous + max(0, sum of t_j, j asynchronous - T_ops)                             (4)
     T_worst = T_ops + sum of all t_j                                                                               (5)
 
-Operations run one after the other; an asynchronous collective hides behind them as long as there are any (4), or not
-at all (5). On a TPU slice a group that spans axes a of the torus uses all links along them, two if the axis closes to
-a ring and one if not. The floor without any order is max(sum F / peak, sum B / bandwidth, sum t_j).
+Operations run one after the other; copies between memories run beside them and count in the second sum of (2) only.
+An asynchronous collective hides behind the operations as long as there are any (4), or not at all (5). On a TPU slice
+a group that spans some axes of the torus uses all links along them, two if the axis closes to a ring and one if not.
+The floor without any order is max(sum F / peak, sum B / bandwidth, sum t_j).
 Source of (3) and its latency: Austin et al. 2025, "How to scale your model", jax-ml.github.io/scaling-book.
 """
 
@@ -52,7 +53,7 @@ class Work(NamedTuple):
 
 def estimate(program: Program, chip: Chip, grid: Sequence[int], place: Place) -> Work:
     """Equations (1) to (5) for a program on a slice whose network has the axes `grid`."""
-    seconds = dict.fromkeys(KINDS, 0.0)
+    seconds: dict[str, float] = {kind: 0.0 for kind in KINDS}
     flops = total = cycles = 0
     for computation, op, times in program.walk():
         f, b = program.flops(op, computation), program.bytes(op, computation)

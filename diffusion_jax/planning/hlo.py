@@ -3,8 +3,8 @@ r"""Optimised programs as XLA prints them: their operations, and what each compu
 A program is a set of computations; an operation is run as often as its computation is called, which is the product
 of the trip counts of the loops around it (a loop whose count is not known counts once). With out, k, c as in
 
-    dot:          flops = 2 prod(out) prod(contracted dimensions of lhs)                                            (1)
-    convolution:  flops = 2 (batch / batch groups) c_in / groups c_out prod_axis #{(o, k): tap k of output o is real}   (2)
+    dot:          flops = 2 prod(out) prod(contracted dimensions of lhs)                                           (1)
+    convolution:  flops = 2 batch/batch_groups c_in/groups c_out prod_axis #{(o, k): tap k of output o is real}    (2)
 
 where a tap is real if it is neither padding nor a hole of a dilated input. A fusion computes what is inside it.
 Bytes are what an operation moves to and from main memory: its operands and results that live there, padded to the
@@ -12,7 +12,7 @@ layout's tiles; of an operand that a fusion only slices, the slices.
 
 A collective over g devices, of n bytes that each of them holds before it (n' = g n after an all-gather):
 
-    kind                sends, per device                                                                           (3)
+    kind                sends, per device                                                                          (3)
     all-reduce          2 n (g - 1) / g
     reduce-scatter      n (g - 1) / g
     all-gather          n' (g - 1) / g
@@ -42,7 +42,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Shape(NamedTuple):
-    """An array as it lies in memory. order: axes from minor to major; tile: of the minor axes; space: 0 is main memory."""
+    """An array as it lies in memory. order: axes, the minor first; tile: of the minor axes; space: 0 is main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -115,7 +115,7 @@ class Op(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Communication of `times` operations of one kind: payload n of equation (3), groups, and whether it may overlap."""
+    """`times` operations of one kind: bytes n of (3), the first group, its size g, and whether they may overlap."""
 
     kind: str
     bytes: int
@@ -128,10 +128,8 @@ class Collective(NamedTuple):
     def sent(self) -> float:
         """Bytes that a device sends in one of them, equation (3)."""
         share = (self.size - 1) / self.size
-        n = self.bytes
-        return {"all-reduce": 2 * n * share, "collective-permute": n, "collective-broadcast": n}.get(
-            self.kind, n * share
-        )
+        factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return self.bytes * factors.get(self.kind, share)
 
 
 class Program:
@@ -160,7 +158,7 @@ class Program:
         for op in self.computations[name].values():
             if op.opcode == "while":
                 for inner in op.called():
-                    yield from self._walk(inner, times * _trips(op))
+                    yield from self._walk(inner, times * self._trips(op))
             elif op.opcode == "conditional":
                 # One branch runs; the dearest stands for it.
                 branches = [list(self._walk(inner, times)) for inner in op.called()]
@@ -170,6 +168,23 @@ class Program:
                     yield from self._walk(inner, times)
             elif op.opcode not in FREE:
                 yield name, op, times
+
+    def _trips(self, op: Op) -> int:
+        """How often a loop runs: as the compiler says, or counted from 0 by a constant to a constant; else 1."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest):
+            return int(known[1])
+        condition, body = (
+            self.computations.get((op.attribute(key) or "").lstrip("%"), {}) for key in ("condition", "body")
+        )
+        test, step = (next((o for o in ops.values() if o.root), None) for ops in (condition, body))
+        if test is None or step is None or test.opcode != "compare" or "direction=LT" not in test.rest:
+            return 1
+        counter, limit = (condition[name] for name in test.operands)
+        place = counter.attribute("index") if counter.opcode == "get-tuple-element" else None
+        if place is None or limit.opcode != "constant" or step.opcode != "tuple":
+            return 1
+        stride = _added(body, step.operands[int(place)], place)
+        return -(-_leading_number(limit.rest) // stride) if stride else 1
 
     def flops(self, op: Op, computation: str) -> int:
         """Equations (1) and (2), of everything inside the operation."""
@@ -209,7 +224,7 @@ class Program:
         for o in inner.values():
             if o.opcode != "parameter":
                 continue
-            index = int(re.match(r"\s*(\d+)", o.rest)[1]) if re.match(r"\s*(\d+)", o.rest) else 0
+            index = _leading_number(o.rest)
             outside = table.get(op.operands[index]) if index < len(op.operands) else None
             whole = _resident(outside.shapes if outside else o.shapes)
             total += min(whole, _sliced(o, users, whole))
@@ -327,9 +342,21 @@ def _sliced(parameter: Op, users: dict[str, list[Op]], whole: int) -> int:
     return total
 
 
-def _trips(op: Op) -> int:
-    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest)
-    return int(match[1]) if match else 1
+def _added(table: dict[str, Op], name: str, place: str) -> int:
+    """The constants that were added to element `place` of a loop's tuple; 0 if `name` is anything else."""
+    op, total = table[name], 0
+    while op.opcode == "add":
+        constants = [table[n] for n in op.operands if table[n].opcode == "constant"]
+        others = [table[n] for n in op.operands if table[n].opcode != "constant"]
+        if len(constants) != 1:
+            return 0
+        total, op = total + _leading_number(constants[0].rest), others[0]
+    return total if op.opcode == "get-tuple-element" and op.attribute("index") == place else 0
+
+
+def _leading_number(text: str) -> int:
+    match = re.match(r"\s*(\d+)", text)
+    return int(match[1]) if match else 0
 
 
 def _dot_flops(op: Op, table: dict[str, Op]) -> int:
@@ -347,13 +374,12 @@ def _convolution_flops(op: Op, table: dict[str, Op]) -> int:
     fields = dict(part.split("=") for part in window[1].split()) if window and window[1].strip() else {}
     groups, batch_groups = (int(op.attribute(f"{kind}_group_count") or 1) for kind in ("feature", "batch"))
     pairs = 1
+    out, names = op.shapes[0].dims, ("stride", "pad", "lhs_dilate", "rhs_dilate")
     for i in range(sum(c.isdigit() for c in labels[1])):
-        sizes = lhs[labels[1].index(str(i))], rhs[labels[2].index(str(i))], op.shapes[0].dims[labels[3].index(str(i))]
-        pairs *= _real_taps(
-            *sizes, *(_window_field(fields, name, i) for name in ("stride", "pad", "lhs_dilate", "rhs_dilate"))
-        )
+        n, width, n_out = (a[at.index(str(i))] for a, at in zip((lhs, rhs, out), labels.groups(), strict=True))
+        pairs *= _real_taps(n, width, n_out, *(_window_field(fields, name, i) for name in names))
     batch, c_in = lhs[labels[1].index("b")], lhs[labels[1].index("f")]
-    return 2 * pairs * (batch // batch_groups) * (c_in // groups) * op.shapes[0].dims[labels[3].index("f")]
+    return 2 * pairs * (batch // batch_groups) * (c_in // groups) * out[labels[3].index("f")]
 
 
 def _window_field(fields: dict[str, str], name: str, axis: int) -> int:

@@ -75,6 +75,7 @@ def make_plan(
         "mesh": dict(mesh.shape),
         "chip": topology.chip._asdict() if topology.chip else None,
         "split": split,
+        "partitioned": bool(experiment.partition),
         "batch": experiment.batch,
         "parameters": parameter_count(experiment.net),
         "state": state_bytes(shapes, shardings),

@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 SWITCHES = (
-    # (argument, what it does, whether it is of use)
-    ("split=True", "each device keeps its share of parameters and optimizer state only", lambda r: r["devices"] > 1 and not r["split"]),
-    ("tensor=2", "two devices share the work within each layer", lambda r: r["devices"] > 1 and r["mesh"]["model"] == 1),
-    ("remat=full", "activations are computed again in the backward pass (dots keeps the products)", lambda r: True),
-    ("accumulate=2", "half the batch at a time, or more parts", lambda r: r["batch"] > r["mesh"]["data"]),
-    ("precision=bfloat16", "activations take half the memory", lambda r: True),
-    ("batch=", "a smaller batch", lambda r: r["batch"] > r["mesh"]["data"]),
-)  # fmt: skip
+    # argument, what it does, and when: it divides the state, the work of a layer, or the examples of a device
+    ("split=True", "each device keeps its share of parameters and optimizer state only", "state"),
+    ("tensor=2", "two devices share the work within each layer", "layer"),
+    ("remat=full", "activations are computed again in the backward pass (dots keeps the products)", ""),
+    ("accumulate=2", "half the batch at a time, or more parts", "examples"),
+    ("precision=bfloat16", "activations take half the memory", ""),
+    ("batch=", "a smaller batch", "examples"),
+)
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -43,10 +43,16 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 def advice(result: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Switches that are there and not on yet. arguments: the experiment's, and `split` and `tensor`."""
+    useful = {
+        "": True,
+        "state": result["devices"] > 1,
+        "layer": result["devices"] > 1 and result["mesh"]["model"] == 1 and result["partitioned"],
+        "examples": result["batch"] > result["mesh"]["data"],
+    }
     found = []
-    for switch, what, useful in SWITCHES:
+    for switch, what, when in SWITCHES:
         name, _, value = switch.partition("=")
-        if name in arguments and str(arguments[name]) != value and useful(result):
+        if name in arguments and str(arguments[name]) != value and useful[when]:
             found.append((switch, what))
     return found
 
@@ -78,10 +84,12 @@ def table(rows: Collection[tuple[Any, ...]], indent: str = "  ") -> str:
     """Rows of cells, the first column to the left and the others to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        (indent + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))).rstrip()
-        for row in cells
-    )  # fmt: skip
+
+    def line(row: list[str]) -> str:
+        aligned = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        return (indent + "  ".join(aligned)).rstrip()
+
+    return "\n".join(map(line, cells))
 
 
 def _head(r: Mapping[str, Any]) -> str:
@@ -146,8 +154,8 @@ def _time(p: Mapping[str, Any], r: Mapping[str, Any], name: str) -> list[str]:
         "  roofline: " + ", ".join(f"{kind} {duration(t)}" for kind, t in floor.items()),
         "  each operation by the largest of compute, memory and the compiler's cycles",
         table(rows, "    "),
-        f"  predicted: {duration(p['step_seconds'])}, of which collectives that nothing hides {duration(p['exposed'])}; "
-        f"{duration(p['worst'])} if none overlapped",
+        f"  predicted: {duration(p['step_seconds'])}, of which collectives that nothing hides "
+        f"{duration(p['exposed'])}; {duration(p['worst'])} if none overlapped",
     ]
     if name == "train":
         lines.append(

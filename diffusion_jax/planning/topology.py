@@ -5,6 +5,7 @@ TPU programs are compiled by libtpu, a package from PyPI that runs on any x86-64
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -61,10 +62,8 @@ def find_topology(name: str, chip: str = "") -> Topology:
     if chip and find_chip(chip) is None:
         raise InputError(f"chip={chip}: not known{closest(chip, CHIPS)}; there are: {', '.join(CHIPS)}")
     if not name:
-        devices = jax.devices()
-        return Topology(
-            devices[0].device_kind, devices, find_chip(chip or devices[0].device_kind), (len(devices),), False
-        )
+        devices, kind = jax.devices(), jax.devices()[0].device_kind
+        return Topology(kind, devices, find_chip(chip or kind), (len(devices),), False)
     if match := re.fullmatch(r"cpu:([1-9]\d*)", name):
         return Topology(name, _simulated(int(match[1])), find_chip(chip), (int(match[1]),), False)
     match = re.fullmatch(r"(v\d+\w?):(\d+(?:x\d+){1,2})", name)
@@ -93,10 +92,8 @@ def _core(chip: Chip | None, cores: int) -> Chip | None:
 
 def _simulated(n: int) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX is in use already: what there is must do.
         jax.config.update("jax_num_cpu_devices", n)
-    except RuntimeError:
-        pass  # JAX is in use already: what there is must do.
     devices = jax.devices("cpu")
     if len(devices) < n:
         raise InputError(f"TOPOLOGY=cpu:{n}: JAX has been started with {len(devices)} simulated devices already")
