@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from diffusion_jax.training import hosts
+from diffusion_jax.training import hosts, line
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis
 from diffusion_jax.typing import InputError
 
@@ -145,21 +145,21 @@ def test_the_fingerprint_sees_arguments_versions_code_and_flags(monkeypatch):
 # The line ------------------------------------------------------------------------------------------------------------
 
 
-class Line:
+class Ends:
     """A hub and the raw connections of n processes, all in this one."""
 
     def __init__(self, n):
         listener = socket.create_server(("127.0.0.1", 0))
         self.word = {"token": "t", "port": listener.getsockname()[1], "addresses": ["127.0.0.1"]}
-        self.hub = hosts._Hub(listener, "t", n)
+        self.hub = line.Hub(listener, "t", n)
         self.hub.start()
-        self.ends = [hosts._call(self.word, i) for i in range(n)]
-        self.lines, self.heard = [hosts._Lines() for _ in range(n)], [[] for _ in range(n)]
+        self.ends = [line.call(self.word, i) for i in range(n)]
+        self.lines, self.heard = [line.Lines() for _ in range(n)], [[] for _ in range(n)]
         for end in self.ends:
             end.settimeout(10)
 
     def tell(self, i, **message):
-        hosts._send(self.ends[i], message)
+        line.send(self.ends[i], message)
 
     def hear(self, i):
         """The next message to process i that is not a mere sign of life."""
@@ -176,8 +176,8 @@ class Line:
 def ended(monkeypatch):
     """What would have ended this process."""
     ends = []
-    monkeypatch.setattr(hosts, "_end", lambda message, code: ends.append((message, code)))
-    monkeypatch.setattr(hosts, "_GRACE", 0.2)
+    monkeypatch.setattr(line, "end", lambda message, code: ends.append((message, code)))
+    monkeypatch.setattr(line, "GRACE", 0.2)
     return ends
 
 
@@ -187,62 +187,62 @@ def line_of(ended):
     lines = []
 
     def make(n):
-        lines.append(Line(n))
+        lines.append(Ends(n))
         return lines[-1]
 
     yield make
-    for line in lines:
-        line.hub.done.update(range(line.hub.count))
-        line.hub.join(10)
-        assert not line.hub.is_alive()
+    for ends in lines:
+        ends.hub.done.update(range(ends.hub.count))
+        ends.hub.join(10)
+        assert not ends.hub.is_alive()
 
 
-def named(line, names):
+def named(ends, names):
     for i, name in enumerate(names):
-        line.tell(i, gather="names", value=name)
+        ends.tell(i, gather="names", value=name)
     for i in range(len(names)):
-        assert line.hear(i) == {"gathered": names}
+        assert ends.hear(i) == {"gathered": names}
 
 
 def test_values_are_gathered_in_order_again_and_again(line_of):
-    line = line_of(3)
+    ends = line_of(3)
     for turn in range(20):
         for i in (2, 0, 1):
-            line.tell(i, gather=f"turn {turn}", value={"from": i, "long": "x" * 20_000 * (turn == 7)})
-        answers = [line.hear(i)["gathered"] for i in range(3)]
+            ends.tell(i, gather=f"turn {turn}", value={"from": i, "long": "x" * 20_000 * (turn == 7)})
+        answers = [ends.hear(i)["gathered"] for i in range(3)]
         assert answers[0] == answers[1] == answers[2]
         assert [value["from"] for value in answers[0]] == [0, 1, 2]
     for i in range(3):
-        line.tell(i, done=True)
-    assert [line.hear(i) for i in range(3)] == [{"bye": True}] * 3
-    line.hub.join(5)
-    assert not line.hub.is_alive()
+        ends.tell(i, done=True)
+    assert [ends.hear(i) for i in range(3)] == [{"bye": True}] * 3
+    ends.hub.join(5)
+    assert not ends.hub.is_alive()
 
 
 def test_a_broken_connection_is_told_to_all_others_by_name(line_of):
-    line = line_of(3)
-    named(line, ["a", "b", "c"])
+    ends = line_of(3)
+    named(ends, ["a", "b", "c"])
     began = time.monotonic()
-    line.ends[1].close()
-    told = line.hear(2)
+    ends.ends[1].close()
+    told = ends.hear(2)
     assert told["failed"].startswith("process 1 (b) died: this run cannot go on without it")
     assert told["code"] == 1
-    line.ends[2].close()
-    assert line.hear(0) == told
+    ends.ends[2].close()
+    assert ends.hear(0) == told
     assert time.monotonic() - began < 5
 
 
 def test_silence_counts_as_death(line_of, monkeypatch):
-    monkeypatch.setattr(hosts, "SILENCE", 1.0)
-    monkeypatch.setattr(hosts, "PERIOD", 0.2)
-    line = line_of(2)
+    monkeypatch.setattr(line, "SILENCE", 1.0)
+    monkeypatch.setattr(line, "PERIOD", 0.2)
+    ends = line_of(2)
     deadline = time.monotonic() + 20
     told = None
     while told is None and time.monotonic() < deadline:
-        line.tell(0, ping=True)  # process 1 says nothing
-        line.ends[0].settimeout(0.1)
+        ends.tell(0, ping=True)  # process 1 says nothing
+        ends.ends[0].settimeout(0.1)
         try:
-            told = line.hear(0)
+            told = ends.hear(0)
         except TimeoutError:
             continue
     assert told is not None
@@ -250,26 +250,26 @@ def test_silence_counts_as_death(line_of, monkeypatch):
 
 
 def test_who_stops_tells_the_others_why_and_with_which_code(line_of):
-    line = line_of(2)
-    named(line, ["a", "b"])
-    line.tell(1, failed="no such folder", code=2)
-    line.ends[1].close()
-    assert line.hear(0) == {"failed": "process 1 (b) stopped: no such folder", "code": 2, "process": 1}
+    ends = line_of(2)
+    named(ends, ["a", "b"])
+    ends.tell(1, failed="no such folder", code=2)
+    ends.ends[1].close()
+    assert ends.hear(0) == {"failed": "process 1 (b) stopped: no such folder", "code": 2, "process": 1}
 
 
 def test_processes_at_different_places_are_stopped(line_of):
-    line = line_of(2)
-    line.tell(0, gather="here", value=0)
-    line.tell(1, gather="there", value=0)
-    assert "not at the same place of the program: ['here', 'there']" in line.hear(1)["failed"]
+    ends = line_of(2)
+    ends.tell(0, gather="here", value=0)
+    ends.tell(1, gather="there", value=0)
+    assert "not at the same place of the program: ['here', 'there']" in ends.hear(1)["failed"]
 
 
 def test_strangers_on_the_port_do_no_harm(line_of, ended):
-    line = line_of(2)
+    ends = line_of(2)
     for text in (b"GET / HTTP/1.1\r\n\r\n", b"7\n", b'{"hello": "wrong", "process": 0}\n', b"\xff\xfe\n", b""):
-        with socket.create_connection(("127.0.0.1", line.word["port"])) as stranger:
+        with socket.create_connection(("127.0.0.1", ends.word["port"])) as stranger:
             stranger.sendall(text)
-    named(line, ["a", "b"])
+    named(ends, ["a", "b"])
     assert not ended
 
 
@@ -278,7 +278,7 @@ def test_a_process_that_cannot_call_says_so():
         unused.bind(("127.0.0.1", 0))
         word = {"token": "t", "port": unused.getsockname()[1], "addresses": ["127.0.0.1"]}
         with pytest.raises(InputError, match="process 3 cannot reach process 0 at 127.0.0.1"):
-            hosts._call(word, 3)
+            line.call(word, 3)
 
 
 # Arrays --------------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_process_that_cannot_call_says_so():
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_are_placed_where_the_sharding_wants_them(axis, monkeypatch):
     """The arithmetic of `place`, on one process that takes itself for one of several."""
-    monkeypatch.setattr(hosts, "_group", object())
+    monkeypatch.setattr(hosts, "_line", object())
     mesh = make_mesh(1)
     own = hosts.rows_of(mesh, 6)
     np.testing.assert_array_equal(own, np.arange(6))

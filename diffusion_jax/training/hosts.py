@@ -1,10 +1,9 @@
 """Several processes as one run: how they meet, agree, and leave together.
 
 Every process executes the same program on the devices of all (`jax.distributed`). What a collective operation cannot do
-goes over a line of their own, a TCP connection of each process with process 0: small JSON values are gathered, every
-process is heard of every `PERIOD` seconds, and whoever stops tells the others why. So no process waits for ever in a
-collective operation that another will not join: when one fails, is refused, dies (its connection breaks) or is silent
-for `SILENCE` seconds (its machine is lost), all others say which one and end.
+goes over a line of their own (`line`): small JSON values are gathered, and whoever stops tells the others why. So no
+process waits for ever in a collective operation that another will not join: when one fails, is refused, dies or is not
+heard of for `line.SILENCE` seconds, all others say which one and end.
 
 A process alone pays for none of this: every function here then returns at once.
 """
@@ -15,9 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
 import secrets
-import selectors
 import signal
 import socket
 import sys
@@ -28,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,31 +33,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.training.line import GRACE, Hub, Line, call, called, end, say
 from diffusion_jax.typing import InputError
 
-PERIOD, SILENCE = 2.0, 30.0
-"""Seconds between two signs of life, and after how many without one a process counts as dead."""
 PATIENCE = 300
 """Seconds that processes wait for each other at the start."""
-_GRACE = 5.0
 _HELLO_BYTES = 1024
 T = TypeVar("T")
 
 
-class _Group(NamedTuple):
-    """This process among the others. `answers` is what process 0 has sent back."""
-
-    index: int
-    count: int
-    connection: socket.socket
-    answers: queue.SimpleQueue
-    names: list[str]
-    over: threading.Event
-
-
-_group: _Group | None = None
-_last_word = threading.Lock()
-_said: list[str] = []
+_line: Line | None = None
 
 
 # Meeting --------------------------------------------------------------------------------------------------------------
@@ -73,16 +55,15 @@ def start(coordinator: str = "", processes: int | None = None, process: int | No
     process number `process` of `processes`, of which number 0 listens at coordinator="HOST:PORT". processes=1 stays
     alone even there. Raises InputError for a description that makes no sense, or if the others do not come.
     """
-    global _group
-    if _group is not None or not _described(coordinator, processes, process):
+    global _line
+    if _line is not None or not _described(coordinator, processes, process):
         return
     if not jax.distributed.is_initialized():
         _initialize(coordinator, processes, process)
     if jax.process_count() > 1:
         _check_devices()
-        _group = _meet(coordinator)
-        gathered = gather(socket.gethostname(), "names")
-        _group.names[:] = gathered
+        _line = _meet(coordinator)
+        _line.names = gather(socket.gethostname(), "names")
 
 
 def _described(coordinator: str, processes: int | None, process: int | None) -> bool:
@@ -149,20 +130,25 @@ def _initialize(coordinator: str, processes: int | None, process: int | None) ->
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    advice = "give coordinator=HOST:PORT processes=N process=I, or processes=1 for a run of this process alone"
+    late = f"the other processes of this run did not come within {PATIENCE} s: start all, or {advice}"
+    # When its own time is out, JAX aborts with a trace of C++: this is sooner.
+    timer = threading.Timer(PATIENCE, end, (late, 2))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             coordinator or None,
             processes,
             process,
-            initialization_timeout=PATIENCE,
+            initialization_timeout=PATIENCE + 60,
             heartbeat_timeout_seconds=60,  # for what the line should miss
         )
     except (RuntimeError, ValueError, KeyError) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"the processes of this run did not find each other within {PATIENCE} s ({text[:200]}); give "
-            "coordinator=HOST:PORT processes=N process=I, or processes=1 for a run of this process alone"
-        ) from None
+        raise InputError(f"the processes of this run cannot be found ({text[:200]}); {advice}") from None
+    finally:
+        timer.cancel()
     if main:
         signal.signal(signal.SIGTERM, before)
 
@@ -174,7 +160,7 @@ def _check_devices() -> None:
         raise InputError(f"every process needs the same number of devices; there are, process by process, {counts}")
 
 
-def _meet(coordinator: str) -> _Group:
+def _meet(coordinator: str) -> Line:
     """Open the line: process 0 tells all where it listens, by the devices' own connection, and each calls there."""
     index, count = jax.process_index(), jax.process_count()
     listener, word = None, {}
@@ -191,12 +177,10 @@ def _meet(coordinator: str) -> _Group:
     text = np.asarray(multihost_utils.broadcast_one_to_all(packed), np.uint8).tobytes().rstrip(b"\0")
     word = json.loads(text)
     if listener is not None:
-        _Hub(listener, word["token"], count).start()
-    connection = _call(word, index)
-    over, answers = threading.Event(), queue.SimpleQueue()
-    group = _Group(index, count, connection, answers, ["?"] * count, over)
-    threading.Thread(target=_listen, args=(group,), name="hosts", daemon=True).start()
-    return group
+        Hub(listener, word["token"], count).start()
+    line = Line(index, call(word, index))
+    line.start()
+    return line
 
 
 def _addresses(coordinator: str) -> list[str]:
@@ -210,236 +194,24 @@ def _addresses(coordinator: str) -> list[str]:
     return list(dict.fromkeys([*found, socket.getfqdn()]))[:8]
 
 
-def _call(word: Mapping[str, Any], index: int) -> socket.socket:
-    """A connection to process 0; InputError if it cannot be had."""
-    for address in ["127.0.0.1"] if index == 0 else [*word["addresses"], "127.0.0.1"]:
-        with contextlib.suppress(OSError, ValueError):
-            connection = socket.create_connection((address, word["port"]), timeout=10)
-            _send(connection, {"hello": word["token"], "process": index})
-            if _first_line(connection) == {"welcome": word["token"]}:
-                connection.settimeout(None)
-                return connection
-            connection.close()
-    raise InputError(
-        f"process {index} cannot reach process 0 at {', '.join(word['addresses'])}, port {word['port']}: "
-        "the hosts of a run must be able to connect to each other on any port"
-    )
-
-
-# The line -------------------------------------------------------------------------------------------------------------
-
-
-class _Lines:
-    """Cuts what a connection delivers into JSON values, one a line."""
-
-    def __init__(self) -> None:
-        self.rest = b""
-
-    def take(self, received: bytes) -> list[dict]:
-        *lines, self.rest = (self.rest + received).split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if not all(isinstance(message, dict) for message in messages):
-            raise ValueError("not a message of this line")
-        return messages
-
-
-def _first_line(connection: socket.socket) -> dict:
-    """The first message; byte by byte, so that nothing of the next is taken."""
-    lines = _Lines()
-    while received := connection.recv(1):
-        if messages := lines.take(received):
-            return messages[0]
-    raise OSError("closed")
-
-
-def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _listen(group: _Group) -> None:
-    """The thread of every process: answers from process 0, a sign of life now and then, and the end if all ends."""
-    lines, heard, sent = _Lines(), time.monotonic(), 0.0
-    selector = selectors.DefaultSelector()
-    selector.register(group.connection, selectors.EVENT_READ)
-    while not group.over.is_set():
-        try:
-            if time.monotonic() - sent > PERIOD:
-                _send(group.connection, {"ping": True})
-                sent = time.monotonic()
-            received = group.connection.recv(65536) if selector.select(PERIOD / 2) else None
-        except OSError:
-            received = b""
-        if received == b"" and not group.over.is_set():
-            _end(_died(0, group.names, None), 1)
-        if received:
-            heard = time.monotonic()
-            for message in lines.take(received):
-                _obey(group, message)
-        if time.monotonic() - heard > SILENCE:
-            _end(_died(0, group.names, SILENCE), 1)
-
-
-def _obey(group: _Group, message: Mapping[str, Any]) -> None:
-    if "failed" in message:
-        own = message["process"] == group.index
-        _end(None if own else message["failed"], message["code"])
-    elif "bye" in message:
-        group.over.set()
-    elif "gathered" in message:
-        group.answers.put(message["gathered"])
-
-
-class _Hub(threading.Thread):
-    """The thread of process 0 that holds the line of every process, its own included."""
-
-    def __init__(self, listener: socket.socket, token: str, count: int) -> None:
-        super().__init__(name="hub", daemon=True)
-        self.listener, self.token, self.count = listener, token, count
-        self.selector = selectors.DefaultSelector()
-        self.connections: dict[int, socket.socket] = {}
-        self.lines: dict[socket.socket, _Lines] = {}
-        self.heard: dict[int, float] = {}
-        self.values: dict[int, Any] = {}
-        self.labels: dict[int, str] = {}
-        self.names = ["?"] * count
-        self.done: set[int] = set()
-
-    def run(self) -> None:
-        self.selector.register(self.listener, selectors.EVENT_READ)
-        sent = 0.0
-        while len(self.done) < self.count:
-            for key, _ in self.selector.select(PERIOD / 2):
-                if key.fileobj is self.listener:
-                    self._accept()
-                else:
-                    self._receive(key.fileobj)  # type: ignore[arg-type]
-            now = time.monotonic()
-            if now - sent > PERIOD:
-                self._tell({"ping": True})
-                sent = now
-            for process, heard in list(self.heard.items()):
-                if now - heard > SILENCE:
-                    self._fail(process, _died(process, self.names, SILENCE), 1)
-        self._tell({"bye": True})
-
-    def _accept(self) -> None:
-        connection, _ = self.listener.accept()
-        connection.settimeout(_GRACE)
-        self.lines[connection] = _Lines()
-        self.selector.register(connection, selectors.EVENT_READ)
-
-    def _receive(self, connection: socket.socket) -> None:
-        process = next((p for p, c in self.connections.items() if c is connection), None)
-        try:
-            received = connection.recv(65536)
-            messages = self.lines[connection].take(received)
-        except (OSError, ValueError):
-            received, messages = b"", []
-        if not received:
-            self._drop(connection)
-            if process is not None and process not in self.done:
-                self._fail(process, _died(process, self.names, None), 1)
-        for message in messages:
-            if process is not None:
-                self._answer(process, message)
-            elif message.get("hello") == self.token:
-                process = message["process"]
-                self.connections[process] = connection
-                self.heard[process] = time.monotonic()
-                with contextlib.suppress(OSError):
-                    _send(connection, {"welcome": self.token})
-
-    def _answer(self, process: int, message: Mapping[str, Any]) -> None:
-        self.heard[process] = time.monotonic()
-        if "gather" in message:
-            self.values[process], self.labels[process] = message["value"], message["gather"]
-            if len(self.values) == self.count:
-                self._gathered()
-        elif "failed" in message:
-            self._fail(process, f"process {_called(process, self.names)} stopped: {message['failed']}", message["code"])
-        elif "done" in message:
-            self.done.add(process)
-
-    def _gathered(self) -> None:
-        values, labels = ([table[p] for p in range(self.count)] for table in (self.values, self.labels))
-        self.values, self.labels = {}, {}
-        if len(set(labels)) > 1:
-            self._fail(-1, f"the processes are not at the same place of the program: {labels}", 1)
-        if labels[0] == "names":
-            self.names = values
-        self._tell({"gathered": values})
-
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        for connection in list(self.connections.values()):
-            with contextlib.suppress(OSError):  # Who cannot be told is missed at the next look.
-                _send(connection, message)
-
-    def _fail(self, process: int, text: str, code: int) -> None:
-        """Tell all others, wait until they are gone (JAX aborts them when process 0 goes first), then leave too."""
-        message = {"failed": text, "code": code, "process": process}
-        mine = self.connections.pop(0, None)
-        self._tell(message)
-        deadline = time.monotonic() + _GRACE
-        others = {p: c for p, c in self.connections.items() if p != process}
-        for connection in others.values():
-            connection.settimeout(max(0.1, deadline - time.monotonic()))
-            with contextlib.suppress(OSError):
-                while connection.recv(65536):
-                    pass
-        if mine is not None:
-            with contextlib.suppress(OSError):
-                _send(mine, message)
-        time.sleep(_GRACE)
-        _end(None if process == 0 else text, code)
-
-    def _drop(self, connection: socket.socket) -> None:
-        self.selector.unregister(connection)
-        self.lines.pop(connection, None)
-        connection.close()
-
-
-def _died(process: int, names: Sequence[str], silent: float | None) -> str:
-    how = "died" if silent is None else f"has not been heard of for {silent:.0f} s"
-    return (
-        f"process {_called(process, names)} {how}: this run cannot go on without it and stops; what was complete "
-        "stays, the same command goes on from there"
-    )
-
-
-def _called(process: int, names: Sequence[str]) -> str:
-    known = 0 <= process < len(names) and names[process] != "?"
-    return f"{process} ({names[process]})" if known else str(process)
-
-
-def _end(message: str | None, code: int) -> None:
-    """End this process from any thread, whatever its main thread waits for; the first cause is the one that is told."""
-    with _last_word:
-        if message is not None and not _said:
-            _said.append(message)
-            prefix = "error: " if code < 128 else ""
-            os.write(2, f"\n{prefix}{message}\n".encode())
-        os._exit(code)
-
-
 # What a run uses ------------------------------------------------------------------------------------------------------
 
 
 def several() -> bool:
     """Whether this process is one of several."""
-    return _group is not None
+    return _line is not None
 
 
 def first() -> bool:
     """Whether this process is the one that prints and writes: process 0, or the only one."""
-    return _group is None or _group.index == 0
+    return _line is None or _line.index == 0
 
 
 def gather(value: T, label: str) -> list[T]:
     """The JSON value of every process, in their order. All must call it at the same place, which `label` names."""
-    if _group is None:
+    if _line is None:
         return [value]
-    _send(_group.connection, {"gather": label, "value": value})
-    return _group.answers.get()
+    return _line.gather(value, label)
 
 
 def from_first(value: T, label: str) -> T:
@@ -457,7 +229,7 @@ def on_first(function: Callable[[], T], label: str) -> T:
 
 def first_then_others(function: Callable[[], T], label: str) -> T:
     """What a function returns, called by process 0 before the others: what it prepares on a shared disk is there."""
-    if _group is None:
+    if _line is None:
         return function()
     if first():
         result = function()
@@ -490,7 +262,7 @@ def all_or_none(label: str) -> Iterator[None]:
 
 def check_shared(folder: Path) -> None:
     """InputError, alike everywhere, unless all processes see the folder of process 0."""
-    if _group is None:
+    if _line is None:
         return
     probe = folder / f".seen-{from_first(secrets.token_hex(4), 'probe')}"
     on_first(probe.touch, "probe written")
@@ -500,7 +272,7 @@ def check_shared(folder: Path) -> None:
     seen = gather(probe.exists(), "probe seen")
     on_first(lambda: probe.unlink(missing_ok=True), "probe removed")
     if not all(seen):
-        blind = _called(seen.index(False), _group.names)
+        blind = called(seen.index(False), _line.names)
         raise InputError(f"process {blind} does not see {folder} of process 0: runs= must be on a disk they all share")
 
 
@@ -524,7 +296,7 @@ def fingerprint(record: Mapping[str, Any], **options: Any) -> dict[str, Any]:
 def check_same(values: Mapping[str, Any], label: str = "arguments") -> None:
     """InputError, the same on every process, unless all were started alike: what differs, and each value."""
     everyone = gather(json.loads(json.dumps(dict(values), default=str)), label)
-    names = [] if _group is None else _group.names
+    names = [] if _line is None else _line.names
     keys = list(dict.fromkeys(key for one in everyone for key in one))
     told = [text for key in keys if (text := _difference(key, [one.get(key) for one in everyone], names))]
     if told:
@@ -541,7 +313,7 @@ def _difference(key: str, values: list, names: Sequence[str]) -> str:
     if len(set(texts)) == 1:
         return ""
     return f"{key} is " + " and ".join(
-        f"{text} on process {_called(texts.index(text), names)}" for text in dict.fromkeys(texts)
+        f"{text} on process {called(texts.index(text), names)}" for text in dict.fromkeys(texts)
     )
 
 
@@ -550,34 +322,30 @@ def fail(message: str, code: int) -> None:
 
     An error of a collective operation is often only the echo of another process's end, so that is waited for first.
     """
-    if _group is None:
+    if _line is None:
         return
-    with _last_word:
-        if not _said:
-            _said.append(message)
-            if message:
-                print(f"error: {message}" if code < 128 else message, file=sys.stderr, flush=True)
+    say(message, code)
     sys.stdout.flush()
     with contextlib.suppress(OSError):
-        _send(_group.connection, {"failed": message, "code": code})
-        time.sleep(2 * _GRACE)
+        _line.send({"failed": message, "code": code})
+        time.sleep(3 * GRACE)  # The answer ends this process sooner.
     os._exit(code)
 
 
 def wait_for_cause(seconds: float = 3.0) -> None:
     """Give the line time to say that another process has died, which ends this one, before an error is told as ours."""
-    if _group is not None:
+    if _line is not None:
         time.sleep(seconds)
 
 
 def stop() -> None:
     """Leave when all have come here."""
-    global _group
-    if _group is None:
+    global _line
+    if _line is None:
         return
-    _send(_group.connection, {"done": True})
-    _group.over.wait()
-    _group = None
+    _line.send({"done": True})
+    _line.over.wait()
+    _line = None
     jax.distributed.shutdown()
 
 
@@ -597,7 +365,7 @@ def rows_of(mesh: Mesh, batch: int) -> slice | np.ndarray:
 
     InputError, alike everywhere, if some process has no device in the mesh.
     """
-    if _group is None:
+    if _line is None:
         return slice(None)
     if len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise InputError(f"with {jax.process_count()} processes, devices= must leave none of them without a device")
@@ -615,7 +383,7 @@ def place(local: Any, where: NamedSharding, rows: int | None = None, axis: int =
 
     That is its own of `rows` rows along `axis`, as `rows_of` tells; without `rows`, the whole of each array.
     """
-    if _group is None:
+    if _line is None:
         return jax.device_put(local, where)
 
     place_one = _place_whole if rows is None else partial(_place_rows, rows=rows, axis=axis)
@@ -644,7 +412,7 @@ def make_agreement(mesh: Mesh, mine: Callable[[], int]) -> Callable[[], int]:
     The numbers travel between the devices, behind the dispatch before, so that no process ever waits for another: all
     learn of a signal before the same dispatch, one later than it came. Alone: this process's number, at once.
     """
-    if _group is None:
+    if _line is None:
         return mine
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))

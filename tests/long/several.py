@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from diffusion_jax.__main__ import main
-from diffusion_jax.training import data, hosts, loop
+from diffusion_jax.training import data, line, loop
 
 
 def recorded(path):
@@ -32,7 +32,7 @@ def recorded(path):
 
 
 if __name__ == "__main__":
-    hosts.SILENCE = float(os.environ.get("SILENCE", hosts.SILENCE))
+    line.SILENCE = float(os.environ.get("SILENCE", line.SILENCE))
     if "FED" in os.environ:
         loop.feed = recorded(os.environ["FED"])
     sys.exit(main(sys.argv[1:]))
