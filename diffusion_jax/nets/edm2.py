@@ -4,7 +4,7 @@ Every operation keeps the root mean square of its input at 1, in expectation, so
 needed. With rms over the axes named, and eps = 1e-4 against a division by zero (algorithm 1):
 
     normalize(a) = a / (rms(a) + eps)                                                                            (1)
-    linear, conv(x) = (normalize(w_i) / sqrt(n)) x     rms of the n numbers that make output i; no bias          (2)
+    linear, conv(x) = (normalize(w_i) / sqrt(n)) x     rms of the n numbers of output i; no bias     (eq. 47)    (2)
     silu'(x) = silu(x) / 0.596                                                                       (eq. 81)    (3)
     sum(a, b, t) = ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)                                         (eq. 88)    (4)
     cat(a, b, t) = sqrt((n_a + n_b) / ((1 - t)^2 + t^2)) [(1 - t) a / sqrt(n_a), t b / sqrt(n_b)]    (eq. 103)   (5)
@@ -24,7 +24,7 @@ Encoder: a convolution of x and a channel of ones; at each level a block that ha
 size; `blocks + 1` times (9) [and (10)] on cat(x, what the encoder left, 0.5). Output: g C x, with g = 0 at the start.
 
 Since (2) does not see the length of w_i, the gradient is orthogonal to it, and updates make it grow, which would wear
-down the learning rate. `forced_weight_norm` takes it back to sqrt(n) after each update (section 2.3).
+down the learning rate. `forced_weight_norm` takes it back to sqrt(n) after each update (section 2.3, eq. 66).
 
 Learned uncertainty (eq. 14, 15): u(t) = W fourier'(t), the log of the expected loss at that noise level.
 
@@ -50,7 +50,7 @@ from diffusion_jax.typing import Array, InputError, Key, Net, Params
 
 EPS = 1e-4
 BRANCH = 0.3
-"""t of (4) where a residual branch or attention joins (appendix B.3, figure 10)."""
+"""t of (4) where a residual branch or attention joins."""
 
 Size = Literal["XS", "S", "M", "L", "XL", "XXL"]
 CHANNELS: dict[Size, int] = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -86,7 +86,7 @@ def edm2(
     attention: the sizes (of the shorter side) at which pixels attend to each other, in heads of `head_width` channels;
     fewer channels than that are one head.
     classes: labels are int32[b] in [0, classes], where `classes`, like cond None, means no label: the embedding is then
-    that of the network without classes, which is what the paper guides with.
+    that of a network without classes, such as the paper trains apart to guide with.
     uncertainty: appends a channel that holds u(t), the same at all pixels, for `edm_precondition(uncertainty=True)`.
     dtype: of the computation; parameters, their normalization and the output are float32. remat: of whole blocks.
     The defaults are the paper's EDM2-S. Raises InputError if the arguments do not fit together.
@@ -318,7 +318,8 @@ class EDM2(nnx.Module):
         self.logvar_fourier = MPFourier(rngs, 128) if uncertainty else None
         self.logvar_linear = MPConv(rngs, 128, 1, jnp.float32) if uncertainty else None
         self.first, self.encoder, self.decoder = next(iter(self.enc)), tuple(self.enc)[1:], tuple(self.dec)
-        self.n_in, self.classes, self.s, self.remat = shape[-1], classes, s, remat
+        self.n_in, self.s = shape[-1], s
+        self.remat: layers.Remat = remat
 
     def __call__(self, x: Array, t: Array, cond: Array | None = None, *, key: Key | None = None) -> Array:
         check_input(x, t, self.n_in, 1 + sum(name.endswith("_down") for name in self.encoder))
