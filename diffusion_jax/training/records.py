@@ -22,18 +22,27 @@ class Meter(NamedTuple):
     """What has been measured since the last line of the log.
 
     losses, norms: one of each step. images: examples seen since the time `since` in seconds, which is None before the
-    first dispatch: that one holds the compilation and says nothing of the speed.
+    first dispatch: that one holds the compilation and says nothing of the speed. share: the model-FLOPs utilisation
+    of one image a second, None where the devices' peak is not known.
     """
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
     images: int = 0
     since: float | None = None
+    share: float | None = None
 
     @property
     def speed(self) -> float:
         """Images a second, 0 if nothing was timed."""
         return self.images / max(time.perf_counter() - (self.since or 0.0), 1e-9)
+
+    @property
+    def shown(self) -> str:
+        """The speed in words, with the utilisation if that is known."""
+        speed = self.speed
+        words = f"{speed:,.0f} images/s"
+        return words if self.share is None else f"{words}, {100 * speed * self.share:.1f} % MFU"
 
 
 def measured(meter: Meter, losses: np.ndarray, norms: np.ndarray, images: int) -> Meter:
@@ -63,9 +72,12 @@ def write_meter(path: Path, step: int, meter: Meter) -> Meter:
         return meter
     line = {"step": step, "loss": float(np.mean(meter.losses)), "grad_norm": float(np.mean(meter.norms))}
     if meter.images:
-        line["images_per_second"] = round(meter.speed, 1)
+        speed = meter.speed
+        line["images_per_second"] = round(speed, 1)
+        if meter.share is not None:
+            line["mfu"] = round(speed * meter.share, 6)
     write_line(path, line)
-    return restarted(Meter())
+    return restarted(Meter(share=meter.share))
 
 
 def read_lines(path: Path) -> list[dict]:

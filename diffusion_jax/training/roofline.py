@@ -18,13 +18,15 @@ of (1): Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from diffusion_jax.experiment import Experiment
+from diffusion_jax.experiment import Experiment, loss_fn
 from diffusion_jax.training.step import LossFn
 from diffusion_jax.typing import InputError
 
@@ -111,10 +113,25 @@ def count_flops(f: Callable[..., Any], *arguments: Any) -> int:
     return _count(jax.make_jaxpr(f)(*arguments).jaxpr)
 
 
-def train_flops(experiment: Experiment, loss_fn: LossFn, batch: Mapping[str, Any]) -> int:
+def train_flops(experiment: Experiment, loss: LossFn, batch: Mapping[str, Any]) -> int:
     """Equation (2) for one step on a batch of arrays or of their shapes; nothing is computed."""
     params = jax.eval_shape(experiment.net.init, jax.random.key(0))
-    return 3 * count_flops(loss_fn, params, dict(batch), jax.random.key(0))
+    return 3 * count_flops(loss, params, dict(batch), jax.random.key(0))
+
+
+def image_share(experiment: Experiment, mesh: Mesh) -> float | None:
+    """Equation (3) for one example a second, None if the peak of the mesh's devices is not known.
+
+    The environment variable PEAK gives it for devices that are not in the table, in operations a second.
+    """
+    peak = peak_flops(mesh.devices.flat[0].device_kind, os.environ.get("PEAK", ""))
+    if peak is None:
+        return None
+    try:
+        one = train_flops(experiment, loss_fn(experiment), batch_shapes(experiment, 1))
+    except InputError:  # An example of a form that is not known here.
+        return None
+    return one / (mesh.size * peak)
 
 
 def batch_shapes(experiment: Experiment, batch: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -129,8 +146,20 @@ def batch_shapes(experiment: Experiment, batch: int | None = None) -> dict[str, 
         for shape in (experiment.shape, doubled):
             image = jax.ShapeDtypeStruct((n, *shape), dtype)
             if _prepares(experiment, image):
-                return {"image": image, "label": jax.ShapeDtypeStruct((n,), jnp.int32)}
+                return {"image": image, **_condition(experiment, n)}
     raise InputError("the form of the stored examples cannot be told from the experiment's prepare")
+
+
+def _condition(experiment: Experiment, n: int) -> dict[str, Any]:
+    """Labels; or, if what stands for no condition is a tree of arrays, such a tree for each example."""
+    if experiment.null is None or isinstance(experiment.null, int):
+        return {"label": jax.ShapeDtypeStruct((n,), jnp.int32)}
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        array = jnp.asarray(leaf)
+        return jax.ShapeDtypeStruct((n, *array.shape), array.dtype)
+
+    return {"cond": jax.tree.map(one, experiment.null)}
 
 
 def _prepares(experiment: Experiment, image: jax.ShapeDtypeStruct) -> bool:
