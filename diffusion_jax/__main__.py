@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from diffusion_jax._version import __version__
 from diffusion_jax.arguments import Amount, Count, Natural, closest, describe, resolve, split_arguments
-from diffusion_jax.planning.command import plan_options, plan_page
+from diffusion_jax.planning.command import plan_options, plan_page, profile_options, profile_page
 from diffusion_jax.typing import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -162,13 +162,22 @@ def plan(name: str, words: list[str]) -> None:
         raise InputError(refusal)
 
 
-def latents_options(*, devices: Count | None = None) -> dict:
+def latents_options(
+    *,
+    devices: Count | None = None,
+    coordinator: str = "",
+    processes: Count | None = None,
+    process: Natural | None = None,
+) -> dict:
     """Encode an experiment's data set once, into latents that it then trains on; what is there already is kept.
 
     Args:
         devices: how many devices to use; by default all.
+        coordinator: HOST:PORT of process 0, for several processes that no cluster software describes.
+        processes: how many of them; 1 for a run of this process alone whatever describes others.
+        process: which of them this is, from 0 on.
     """
-    return {"devices": devices}
+    return dict(locals())
 
 
 def latents(name: str, words: list[str]) -> None:
@@ -194,6 +203,17 @@ def _encoding_of(name: str) -> Callable[..., Any]:
     if function is None:
         raise InputError(f"{name} does not train on latents: its file has no function named encoding")
     return function
+
+
+def profile(name: str, words: list[str]) -> None:
+    """Where the time of a training step goes."""
+    from diffusion_jax.experiment import find_experiment
+
+    function = find_experiment(name)
+    own, options = _divided(name, function, words, profile_options, "profile")
+    arguments = resolve(function, own, name)
+    _set_up_jax()
+    print(profile_page(function, name, arguments, options))
 
 
 def _divided(
@@ -248,6 +268,7 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]
     "train": (train, run_options),
     "sample": (sample, sample_options),
     "plan": (plan, plan_options),
+    "profile": (profile, profile_options),
     "latents": (latents, latents_options),
 }
 
@@ -397,7 +418,7 @@ def _help(command: str, name: str) -> None:
     from diffusion_jax.experiment import find_experiment
 
     print(describe(COMMANDS[command][1], f"make {command} EXP={name}"))
-    if command in ("train", "plan"):
+    if command in ("train", "plan", "profile"):
         print(describe(find_experiment(name), f"make train EXP={name} ARGS=…"))
     if command == "latents":
         print(describe(_encoding_of(name), f"make latents EXP={name} ARGS=…"))

@@ -363,9 +363,11 @@ def joined(coordinator: str = "", processes: int | None = None, process: int | N
 def rows_of(mesh: Mesh, batch: int) -> slice | np.ndarray:
     """The rows of each global batch that this process reads, in rising order: those of its devices.
 
-    InputError, alike everywhere, if some process has no device in the mesh.
+    InputError, alike everywhere, if some process has no device in the mesh, or they have not met.
     """
     if _line is None:
+        if jax.process_count() > 1:
+            raise InputError("there are several processes: each must call hosts.start() first")
         return slice(None)
     if len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise InputError(f"with {jax.process_count()} processes, devices= must leave none of them without a device")

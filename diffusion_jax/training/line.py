@@ -60,7 +60,7 @@ def call(word: Mapping[str, Any], index: int) -> socket.socket:
     """A connection to process 0; InputError if it cannot be had."""
     for address in ["127.0.0.1"] if index == 0 else [*word["addresses"], "127.0.0.1"]:
         with contextlib.suppress(OSError, ValueError):
-            connection = socket.create_connection((address, word["port"]), timeout=10)
+            connection = socket.create_connection((address, word["port"]), timeout=5)
             send(connection, {"hello": word["token"], "process": index})
             if first_line(connection) == {"welcome": word["token"]}:
                 connection.settimeout(None)
@@ -157,7 +157,7 @@ class Hub(threading.Thread):
 
     def _serve(self) -> None:
         self.selector.register(self.listener, selectors.EVENT_READ)
-        sent = 0.0
+        sent, began = 0.0, time.monotonic()
         while len(self.done) < self.count:
             for key, _ in self.selector.select(PERIOD / 2):
                 if key.fileobj is self.listener:
@@ -171,6 +171,9 @@ class Hub(threading.Thread):
             for process, heard in list(self.heard.items()):
                 if now - heard > SILENCE:
                     self._fail(process, died(process, self.names, SILENCE), 1)
+            missing = [p for p in range(self.count) if p not in self.connections]
+            if missing and now - began > 2 * SILENCE:
+                self._fail(missing[0], f"process {missing[0]} did not connect to process 0", 1)
         self._tell({"bye": True})
 
     def _accept(self) -> None:
