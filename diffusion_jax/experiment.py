@@ -30,7 +30,8 @@ class Experiment:
     """Everything a run is made of.
 
     data: loads the data set when called. shape: of an example, (h, w, c) for pictures. prepare: turns stored examples
-    into x0, decode: turns the model's x into what is kept, u8 for pictures and video.
+    into x0, decode: turns the model's x into what is kept: u8[h,w,c] for pictures, u8[t,h,w,c] for video, f32[time,c]
+    for sound and other series. sample_rate: of sound, in Hz; None if it is not heard. frame_rate: of video, a second.
     read: turns the bound network into a denoiser. objective: the loss of each example.
     times: number of steps -> grid, for sampling with `sampler` in `sample_steps` steps; `guidance` is the default
     scale of classifier-free guidance and `null` the label for "no label" (None: unconditional), or what stands for no
@@ -42,7 +43,7 @@ class Experiment:
     on dotted parameter paths -> axis to split, as the network's module gives it.
     batch examples a step for `steps` steps; `dispatch` steps go to the device at once; every `checkpoint_every` steps a
     checkpoint, of which the newest `keep` and the best are kept, and every `sample_every` steps a grid of samples.
-    evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> u8[n,h,w,c].
+    evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> the decoded examples.
     """
 
     data: Callable[[], Data]
@@ -67,6 +68,8 @@ class Experiment:
     flip: bool = False
     prepare: Prepare = prepare
     decode: Callable[[Array], Array] = to_uint8
+    sample_rate: int | None = None
+    frame_rate: float = 8.0
     accumulate: int = 1
     dispatch: int = 1
     log_every: int = 100
@@ -84,6 +87,7 @@ class Experiment:
         check_at_least(0, snapshot_every=self.snapshot_every)
         if self.snapshot_every and not any(isinstance(decay, PowerFunction) for decay in several(self.ema)):
             raise InputError("snapshot_every: only averages by ema.power_function can be put together afterwards")
+        check_at_least(1, frame_rate=self.frame_rate, sample_rate=self.sample_rate or 1)
         check_seed(self.seed)
         if self.batch % self.accumulate:
             raise InputError(f"batch={self.batch} does not divide into accumulate={self.accumulate} parts")

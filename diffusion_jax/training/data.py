@@ -41,12 +41,12 @@ Source = Arrays | RandomAccess
 
 
 class Data(NamedTuple):
-    """An image data set. `classes` is () when it is unlabelled; `shape` is (h, w, c)."""
+    """A data set. `classes` is () when it is unlabelled; `shape` is that of an example, (h, w, c) for pictures."""
 
     train: Source
     test: Source | None
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
 
 class Feed(NamedTuple):

@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from diffusion_jax import samplers
 from diffusion_jax.experiment import Experiment, check_at_least, check_seed, initial_state
-from diffusion_jax.training import checkpoint, hosts, writer
+from diffusion_jax.training import checkpoint, hosts, media, writer
 from diffusion_jax.training.generate import at_a_time, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
-from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
 from diffusion_jax.training.snapshots import reconstruct
 from diffusion_jax.typing import InputError, Params, Sampler, Schedule
 
@@ -40,7 +39,7 @@ PLACE = ("coordinator", "processes", "process")
 
 
 def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, Any]) -> str:
-    """Draw options["n"] pictures from the run in `folder` and write them; returns a line that says where.
+    """Draw options["n"] examples from the run in `folder` and write them; returns a line that says where.
 
     InputError for a run without checkpoints, or options that do not fit the experiment.
     """
@@ -48,7 +47,9 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     hosts.check_same(hosts.fingerprint({"arguments": same}, folder=str(folder)))
     check_at_least(1, n=options["n"])
     check_seed(options["seed"])
-    labels = _labels(experiment, options)
+    labels, how = _labels(experiment, options), media.look(experiment)
+    if how.kind == "array" and options["format"] != "npz":
+        raise InputError(f"format={options['format']}: this experiment makes what cannot be shown; format=npz keeps it")
     draw = make_draw(
         experiment, sampler=_sampler(experiment, options), steps=options["steps"], guidance=options["guidance"]
     )
@@ -58,7 +59,7 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     hosts.on_first(lambda: out.mkdir(parents=True, exist_ok=True), "folder")
     pictures = make_pictures(draw, mesh, at_a_time(experiment), experiment.decode)
     parts = pictures(params, options["n"], options["seed"], labels)
-    return _write(parts, out, options, labels)
+    return _write(parts, out, options, labels, how)
 
 
 def _params(
@@ -124,29 +125,29 @@ def _sampler(experiment: Experiment, options: Mapping[str, Any]) -> Sampler | No
     return None if name == "default" else SAMPLERS[name](experiment.schedule)
 
 
-def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray | None) -> str:
+def _write(parts: Any, out: Path, options: Mapping[str, Any], labels: np.ndarray | None, how: media.Look) -> str:
     """Write what is drawn while more is drawn; of several processes, process 0."""
     n, shown, written = options["n"], [], options["format"] if hosts.first() else "nothing"
+    most, suffix, names = (100 if how.kind == "picture" else 20), media.SUFFIX.get(how.kind, ""), []
     writers = {
-        "png": lambda: writer.png_files(out),
+        "png": lambda: writer.png_files(out, save=partial(media.save_example, how=how), suffix=suffix),
         "npz": lambda: writer.npz_file(out / "images.npz", n, labels),
         "grid": writer.nothing,
         "nothing": writer.nothing,
     }
-    bar = tqdm(total=n, desc="drawing", unit="image", dynamic_ncols=True, disable=not hosts.first())
+    bar = tqdm(total=n, desc="drawing", unit=how.kind, dynamic_ncols=True, disable=not hosts.first())
     start = 0
     with bar, writers[written]() as write:
         for part in parts:
             write(start, part)
-            shown += list(part[: max(0, 100 - len(shown))])
+            shown += list(part[: max(0, most - len(shown))])
             start += len(part)
             bar.update(len(part))
     if hosts.first():
         columns = 10 if len(shown) >= 10 else len(shown)
-        save_picture(out / "grid.png", grid(np.stack(shown), columns, fitting_scale(shown[0].shape[1], columns)))
+        names = media.save_sheet(out / "grid.png", np.stack(shown), columns, how)
         settings = {key: value for key, value in options.items() if key not in PLACE}
         (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return (
-        f"{n} pictures in {out}: grid.png"
-        + {"png": ", 000000.png …", "npz": ", images.npz", "grid": ""}[options["format"]]
+    return f"{n} {media.NOUN[how.kind]} in {out}: " + ", ".join(
+        names + {"png": [f"000000{suffix} …"], "npz": ["images.npz"], "grid": []}[options["format"]]
     )

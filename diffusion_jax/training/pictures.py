@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +33,15 @@ def fitting_scale(width: int, columns: int, target: int = 640) -> int:
 
 
 def save_picture(path: Path, image: np.ndarray) -> None:
-    """Write `u8[h,w,c]`, c = 1 or 3, as PNG; the file appears whole or not at all."""
-    _replace(path, lambda p: _to_pil(image).save(p, format="PNG"))
+    """Write `u8[h,w,c]`, c = 1, 3 or 4, as PNG; the file appears whole or not at all."""
+    replace(path, lambda p: _to_pil(image).save(p, format="PNG"))
 
 
 def save_animation(path: Path, frames: list[np.ndarray], milliseconds: int = 60, hold: int = 1500) -> None:
     """Write frames `u8[h,w,c]` as an endless GIF that rests on the last one."""
     pictures = [_to_pil(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [hold]
-    _replace(
+    replace(
         path,
         lambda p: pictures[0].save(
             p, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
@@ -52,7 +53,8 @@ def _to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _replace(path: Path, write) -> None:
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file under another name, and put it at `path` when it is whole."""
     part = path.with_name(f".{path.name}.part")
     write(part)
     part.replace(path)

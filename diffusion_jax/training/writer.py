@@ -1,4 +1,4 @@
-"""Writing many pictures while more are being drawn: one file each, or one archive of them all.
+"""Writing many examples while more are being drawn: one file each, or one archive of them all.
 
 Files are written by threads in the background, which hold at most `AHEAD` batches: memory does not grow with the number
 of pictures, and whoever draws waits only if the disk is slower than the device.
@@ -21,23 +21,29 @@ from diffusion_jax.training.pictures import save_picture
 AHEAD = 4
 """Batches that may wait to be written."""
 Write = Callable[[int, np.ndarray], None]
-"""(number of the first picture, u8[k,h,w,c]): begin to write pictures that follow those before; errors come later."""
+"""(number of the first example, [k, *d]): begin to write examples that follow those before; errors come later."""
 
 
 @contextlib.contextmanager
-def png_files(folder: Path, threads: int | None = None) -> Iterator[Write]:
-    """Each picture as folder/000000.png and so on, whole or not at all. OSError here or from `Write`."""
+def png_files(
+    folder: Path, threads: int | None = None, save: Callable[[Path, np.ndarray], None] = save_picture,
+    suffix: str = ".png",
+) -> Iterator[Write]:  # fmt: skip
+    """Each picture as folder/000000.png and so on, whole or not at all. OSError here or from `Write`.
+
+    save, suffix: how one example becomes one file, for those that are no pictures.
+    """
     threads = threads or min(8, os.cpu_count() or 1)
 
-    def save(start: int, images: np.ndarray) -> None:
+    def save_all(start: int, images: np.ndarray) -> None:
         for i, image in enumerate(images):
-            save_picture(folder / f"{start + i:06d}.png", image)
+            save(folder / f"{start + i:06d}{suffix}", image)
 
     with _in_background(threads) as submit:
 
         def write(start: int, images: np.ndarray) -> None:
             share = -(-len(images) // threads)
-            submit([(save, start + i, images[i : i + share]) for i in range(0, len(images), share)])
+            submit([(save_all, start + i, images[i : i + share]) for i in range(0, len(images), share)])
 
         yield write
 
