@@ -4,9 +4,10 @@ runs/NAME/RUN/experiment.json     the resolved arguments, versions, commit
               metrics.jsonl       one line every `log_every` steps; the last line of a finished run is its result
               checkpoints/        see checkpoint.py
               averages/*.npz      see snapshots.py
-              samples/*.png       sample grids as it learns, from the same noise each time
+              samples/*.png       samples as it learns, from the same noise each time; beside them .gif of video,
+                                  .wav of sound (see media.py)
               samples.png         the last of them
-              denoising.gif       noise becoming pictures
+              denoising.gif       noise becoming examples
 
 Of several processes (`hosts`) every one goes through all of this with its part of each batch; process 0 writes.
 """
@@ -22,18 +23,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.experiment import Experiment, initial_state, loss_fn
-from diffusion_jax.training import checkpoint, hosts, records
-from diffusion_jax.training.data import Data, Feed, feed, size, take, to_uint8
+from diffusion_jax.training import checkpoint, hosts, media, records
+from diffusion_jax.training.data import Data, Feed, feed, size, take
 from diffusion_jax.training.generate import Pictures, at_a_time, example_keys, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
-from diffusion_jax.training.pictures import fitting_scale, grid, save_animation, save_picture
 from diffusion_jax.training.records import Meter
+from diffusion_jax.training.roofline import image_share
 from diffusion_jax.training.snapshots import keep_until, save_snapshots
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_dispatch, make_train_step
@@ -96,7 +96,7 @@ def fit(
     compilation; RunError for a loss that is not finite; Interrupted after Ctrl-C or SIGTERM; OSError for a full disk.
     Several processes call it alike, after `hosts.start`.
     """
-    hosts.check_same(hosts.fingerprint(record, folder=str(folder), devices=devices, split=split, tensor=tensor))
+    hosts.check_alike(record, folder=str(folder), devices=devices, split=split, tensor=tensor)
     mesh = make_mesh(devices, tensor, batch=experiment.batch // experiment.accumulate)
     rows = hosts.rows_of(mesh, experiment.batch)
     draw = make_draw(experiment)
@@ -115,6 +115,12 @@ def fit(
         "ema_loss" if data.test is None else "heldout_loss",
         make_pictures(draw, mesh, at_a_time(experiment), experiment.decode),
     )
+    return _run_through(run, split)
+
+
+def _run_through(run: _Run, split: bool) -> dict[str, float]:
+    """From the state there is to the last line."""
+    experiment, folder, record = run.experiment, run.folder, run.record
     try:
         state, shardings = _start(run, split)
         finished = hosts.on_first(lambda: records.result(run.metrics, experiment.steps), "result")
@@ -161,7 +167,7 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
     resident = run.feed.resident
     if resident is not None:
         resident = hosts.place(dict(resident), replicated(run.mesh))
-    pending, meter, saved = None, Meter(), step or None
+    pending, meter, saved = None, Meter(share=image_share(experiment, run.mesh)), step or None
     with _signals() as asked, _bar(experiment, step) as bar:
         stopping = hosts.make_agreement(run.mesh, lambda: asked[0] if asked else 0)
         while step < experiment.steps and not stopping():
@@ -173,13 +179,7 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
             meter, pending = _log(run, bar, meter, pending), (step, n, metrics)
             if step < experiment.steps and _pauses(experiment, step):
                 meter, pending = _log(run, bar, meter, pending), None
-                if _due(experiment.checkpoint_every, step):
-                    _save(run, state)
-                    saved = step
-                if _due(experiment.snapshot_every, step):
-                    save_snapshots(run.averages, state, experiment.ema)
-                if _due(experiment.sample_every, step):
-                    _sample_grid(run, state, f"samples/step_{step:07d}.png")
+                saved = _pause(run, state, step) or saved
                 meter = records.restarted(meter)
         records.write_meter(run.metrics, step, _log(run, bar, meter, pending))
         if step != saved:
@@ -193,15 +193,25 @@ def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
     return state
 
 
+def _pause(run: _Run, state: TrainState, step: int) -> int | None:
+    """What is due between two steps; the step, if it is saved."""
+    experiment, saving = run.experiment, _due(run.experiment.checkpoint_every, step)
+    if saving:
+        _save(run, state)
+    if _due(experiment.snapshot_every, step):
+        save_snapshots(run.averages, state, experiment.ema)
+    if _due(experiment.sample_every, step):
+        _sample_grid(run, state, f"samples/step_{step:07d}.png")
+    return step if saving else None
+
+
 def _compiled_dispatch(run: _Run, shardings: Any) -> Any:
     return dispatch_program(run.experiment, run.mesh, shardings)
 
 
 def dispatch_program(experiment: Experiment, mesh: Mesh, shardings: Any) -> Any:
     """The jitted program of a run, `make_dispatch` of its step: the state is donated, metrics are on every device."""
-    step = make_train_step(
-        loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate, shardings.params
-    )
+    step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate)
     whole = replicated(mesh)
     return jax.jit(
         make_dispatch(step),
@@ -240,7 +250,7 @@ def _log(run: _Run, bar: Any, meter: Meter, pending: Pending | None) -> Meter:
                 raise _not_finite(run, name, value, step - n + 1 + i)
     meter = records.measured(meter, losses, norms, n * run.experiment.batch)
     bar.set_description_str("training", refresh=False)
-    bar.set_postfix_str(f"loss {np.mean(meter.losses[-100:]):.4f}, {meter.speed:,.0f} images/s", refresh=False)
+    bar.set_postfix_str(f"loss {np.mean(meter.losses[-100:]):.4f}, {meter.shown}", refresh=False)
     bar.update(n)
     return records.write_meter(run.metrics, step, meter) if _due(run.experiment.log_every, step) else meter
 
@@ -271,40 +281,37 @@ def _finish(run: _Run, state: TrainState) -> dict[str, float]:
     return line
 
 
-def _grid_labels(experiment: Experiment) -> tuple[int, int, np.ndarray | None]:
-    """(pictures, columns, labels) of a sample grid: a column for each class, up to ten of them."""
+def _grid_labels(experiment: Experiment, rows: int) -> tuple[int, int, np.ndarray | None]:
+    """(examples, columns, labels) of a sample grid: a column for each class, up to ten of them."""
     if experiment.null is None:
-        return 64, 8, None
+        return rows * 8, 8, None
     columns = min(10, experiment.null)
-    return columns * 8, columns, np.arange(columns * 8, dtype=np.int32) % columns
+    return columns * rows, columns, np.arange(columns * rows, dtype=np.int32) % columns
 
 
 def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
-    n, columns, labels = _grid_labels(run.experiment)
-    images = np.concatenate(list(run.pictures(state.ema, n, 0, labels)))
+    how = media.look(run.experiment)
+    n, columns, labels = _grid_labels(run.experiment, media.ROWS[how.kind])
+    if n == 0:
+        return
+    examples = np.concatenate(list(run.pictures(state.ema, n, 0, labels)))
     if not hosts.first():
         return
     path = run.folder / name
     path.parent.mkdir(exist_ok=True)
-    save_picture(path, grid(images, columns, fitting_scale(images.shape[2], columns)))
+    media.save_sheet(path, examples, columns, how)
 
 
 def _animate(run: _Run, state: TrainState) -> None:
-    _, columns, labels = _grid_labels(run.experiment)
-    draw = make_draw(run.experiment, trajectory=True)
-
-    def film(params: Params, labels: jax.Array | None) -> jax.Array:
-        path = draw(params, example_keys(0, 0, columns * 4), labels)
-        # Noise of any level is shown at the contrast of the data.
-        return jax.vmap(lambda x: to_uint8(x / jnp.maximum(1.0, 1.2 * jnp.std(x))))(path)
-
-    program = jax.jit(film, out_shardings=replicated(run.mesh))
-    frames = np.asarray(program(state.ema, None if labels is None else labels[: columns * 4]))
-    if not hosts.first():
+    how = media.look(run.experiment)
+    n, columns, labels = _grid_labels(run.experiment, min(4, media.ROWS[how.kind]))
+    if n == 0:
         return
-    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, 40).astype(int))]
-    scale = fitting_scale(frames.shape[3], columns, 480)
-    save_animation(run.folder / "denoising.gif", [grid(frame, columns, scale) for frame in chosen])
+    film = media.film_program(make_draw(run.experiment, trajectory=True), run.experiment.decode)
+    program = jax.jit(lambda p, rows: film(p, example_keys(0, 0, n), rows), out_shardings=replicated(run.mesh))
+    frames = np.asarray(program(state.ema, labels))
+    if hosts.first():
+        media.save_film(run.folder / "denoising.gif", frames, columns, how)
 
 
 def _not_finite(run: _Run, name: str, value: float, step: int) -> RunError:
@@ -356,7 +363,7 @@ def _padded(batches: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
 
 def _check_data(experiment: Experiment, data: Data) -> None:
     if tuple(data.shape) != tuple(experiment.shape):
-        raise InputError(f"the data has pictures of shape {data.shape}, the experiment wants {experiment.shape}")
+        raise InputError(f"the data has examples of shape {data.shape}, the experiment wants {experiment.shape}")
     if experiment.null is not None and len(data.classes) != experiment.null:
         raise InputError(f"the experiment is for {experiment.null} classes, the data has {len(data.classes)}")
 

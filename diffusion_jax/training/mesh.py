@@ -8,7 +8,9 @@ Batches are split over "data". With n devices along "data" and m along "model", 
     both                                   (3), and the largest other axis that n divides over "data"       (4)
 
 Averages and optimizer state lie as the parameters they belong to. XLA adds the collectives: all-reduced gradients for
-(1); gathered weights and scattered gradients, layer by layer, for (2); all-reduced activations for (3).
+(1); gathered weights and scattered gradients, layer by layer, for (2); all-reduced activations for (3). Under (2) a
+weight gathered for the forward pass is kept until the backward pass, unless its block is rematerialised (`remat`), and
+with gradient accumulation until the last part: so each is sent once.
 """
 
 from __future__ import annotations

@@ -33,27 +33,21 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    decays: Decays,
-    accumulate: int = 1,
-    shardings: Any = None,
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, decays: Decays, accumulate: int = 1
 ) -> TrainStep:
     """One update: gradients, optimizer, moving averages. Metrics: loss and grad_norm, f32[].
 
     The step draws from fold_in(state.key, state.step). With `accumulate` > 1 the batch is cut into that many parts
-    whose gradients are averaged, for a batch that does not fit in memory; ValueError if it does not divide.
-    shardings: those of the parameters, which gradients and their sums then have too, so that no device ever holds all
-    of them; without, the compiler decides.
+    whose gradients are averaged, for a batch that does not fit in memory; ValueError if it does not divide. Under
+    `jit` with `mesh.state_shardings` gradients and their sums lie as the parameters do.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         if accumulate == 1:
             loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
-            grads = _laid_out(grads, shardings)
         else:
-            loss, grads = _accumulated(loss_fn, state.params, batch, key, accumulate, shardings)
+            loss, grads = _accumulated(loss_fn, state.params, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         pairs = zip(state.averages, several(decays), strict=True)
@@ -147,9 +141,7 @@ def _dropped(key: Key, cond: Cond, null: Cond, drop: float) -> Cond:
     return jax.tree.map(one, cond, null)
 
 
-def _accumulated(
-    loss_fn: LossFn, params: Params, batch: Batch, key: Key, parts: int, shardings: Any
-) -> tuple[Array, Params]:
+def _accumulated(loss_fn: LossFn, params: Params, batch: Batch, key: Key, parts: int) -> tuple[Array, Params]:
     def cut(leaf: Array) -> Array:
         if leaf.shape[0] % parts:
             raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {parts} parts")
@@ -158,13 +150,9 @@ def _accumulated(
 
     def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
         i, rows = part
-        loss, grads = jax.value_and_grad(loss_fn)(params, rows, fold(key, i))
-        return jax.tree.map(jnp.add, total, (loss, _laid_out(grads, shardings))), None
+        new = jax.value_and_grad(loss_fn)(params, rows, fold(key, i))
+        return jax.tree.map(jnp.add, total, new), None
 
-    zero = (jnp.zeros(()), _laid_out(jax.tree.map(jnp.zeros_like, params), shardings))
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zero, (jnp.arange(parts), jax.tree.map(cut, dict(batch))))
     return jax.tree.map(lambda leaf: leaf / parts, total)
-
-
-def _laid_out(tree: Params, shardings: Any) -> Params:
-    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
