@@ -4,9 +4,9 @@
 
 ImageNet-like JPEGs (500x375, about 110 kB; made here unless `path` is an ImageNet folder) through ADM's preprocessing
 at 64 and 256 pixels, batch 64: Grain's threads, Grain's processes and, where torch is installed, its DataLoader with as
-many processes and the same decoding function. Then what needs no decoding: a memory map of 64 pixels, and a store of
-32x32x4 latents with mirrored copies. One JSON line each, the median of three stretches after a warm-up. The processor time of decoding one picture comes
-first: it is the same on a busy machine, and its inverse bounds what a core can deliver.
+many processes and the same decoding function. Before them the processor time of decoding one picture, which is the same
+on a busy machine and whose inverse bounds what a core can deliver. Then what needs no decoding: a memory map of 64
+pixels, and a store of 32x32x4 latents with mirrored copies. One JSON line each, the median of three stretches.
 """
 
 import json

@@ -152,7 +152,7 @@ def encoding(
     batch: Count = 64,
     mirror: bool = True,
     precision: Precision = "bfloat16",
-    processes: Natural = 0,
+    readers: Natural = 0,
 ) -> Encoding:
     """ImageNet's latents by Stable Diffusion's autoencoder.
 
@@ -165,7 +165,7 @@ def encoding(
         batch: pictures encoded at once, over all devices.
         mirror: encode mirrored copies too, for training with flips.
         precision: of the autoencoder's arithmetic; what is stored is float16.
-        processes: that decode pictures; 0 for threads.
+        readers: processes that decode pictures; 0 for threads.
     """
     _latent_side(size, widths)
     vae, weights = _autoencoder(widths, autoencoder, precision)
@@ -179,7 +179,7 @@ def encoding(
         out=Path(out).expanduser(),
         batch=batch,
         mirror=mirror,
-        processes=processes,
+        processes=readers,
     )
 
 

@@ -207,7 +207,6 @@ def test_hosts_share_the_shards(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_index", lambda host=host: host)
             patch.setattr(jax, "process_count", lambda: 2)
-            patch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
             patch.setattr(module, "_measured", lambda *a: {})
             encode_to_store(encoding(out))
             made.append({p.name for p in out.glob("*.label.npy")} - set().union(*made))

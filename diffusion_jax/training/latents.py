@@ -35,6 +35,7 @@ from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from diffusion_jax.ops import bcast, fold, is_batched, normal_like
+from diffusion_jax.training import hosts
 from diffusion_jax.training.data import Data, Prepare, Source, read_ahead, size, take, to_uint8
 from diffusion_jax.training.data import prepare as to_x
 from diffusion_jax.training.mesh import replicated, split_axis
@@ -219,19 +220,17 @@ def encode_to_store(encoding: Encoding, devices: int | None = None) -> dict[str,
     data = encoding.data()
     splits = {name: s for name, s in (("train", data.train), ("test", data.test)) if s is not None}
     header = _header(encoding, data, splits)
-    whole = _begin(encoding.out, header)
+    whole = hosts.first_then_others(lambda: _begin(encoding.out, header), "latents begun")
     if whole is not None:
         return whole
-    first, hosts = jax.process_index(), jax.process_count()
+    hosts.check_shared(encoding.out)
     shards = [(split, i) for split, n in header["examples"].items() for i in range(-(-n // encoding.shard))]
-    todo = [s for s in shards[first::hosts] if not (encoding.out / f"{_name(*s)}.json").is_file()]
+    own = shards[jax.process_index() :: jax.process_count()]
+    todo = [s for s in own if not (encoding.out / f"{_name(*s)}.json").is_file()]
     _encode_shards(encoding, splits, todo, mesh)
-    if hosts > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("latents")
+    hosts.gather(None, "latents encoded")
     header |= {"complete": True, **_measured(encoding.out, shards)}
-    if first == 0:
+    if hosts.first():
         write_whole(encoding.out / "header.json", json.dumps(header, indent=2) + "\n")
     return header
 
@@ -300,7 +299,7 @@ def _encode_shards(encoding: Encoding, splits: Mapping[str, Source], todo: list[
         return take(splits[plan[i][0]], plan[i][1])
 
     total = sum(len(np.unique(batch)) for _, batch in plan)
-    bar = tqdm(total=total, desc="encoding", unit="image", dynamic_ncols=True)
+    bar = tqdm(total=total, desc="encoding", unit="image", dynamic_ncols=True, disable=not hosts.first())
     with bar, contextlib.closing(read_ahead(read, 0, len(plan), threads, encoding.processes)) as batches:
         encoded = _encoded(encoding, batches, mesh)
         for item in todo:
