@@ -44,7 +44,7 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     InputError for a run without checkpoints, or options that do not fit the experiment.
     """
     same = {key: value for key, value in options.items() if key not in PLACE}
-    hosts.check_same(hosts.fingerprint({"arguments": same}, folder=str(folder)))
+    hosts.check_alike({"arguments": same}, folder=str(folder))
     check_at_least(1, n=options["n"])
     check_seed(options["seed"])
     labels, how = _labels(experiment, options), media.look(experiment)

@@ -20,7 +20,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from glob import glob
@@ -115,6 +114,8 @@ def _number(environment: Mapping[str, str], *names: str) -> int:
 def _pod_workers(environment: Mapping[str, str]) -> int:
     """How many hosts a cloud TPU has, asked of its metadata server; 1 where there is no such server."""
     server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    import urllib.request
+
     address = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     try:
@@ -291,6 +292,12 @@ def fingerprint(record: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         "XLA_FLAGS": " ".join(flags),
         "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
     }
+
+
+def check_alike(record: Mapping[str, Any], **options: Any) -> None:
+    """`check_same` of the fingerprints of all processes; alone, nothing is even read."""
+    if _line is not None:
+        check_same(fingerprint(record, **options))
 
 
 def check_same(values: Mapping[str, Any], label: str = "arguments") -> None:
