@@ -25,11 +25,11 @@ READY = $(VENV)/ready
 TPU_COMPILER = $(VENV)-tpu/ready
 endif
 
-.PHONY: help env train sample plan profile conformance test test-long test-parity lint types bench lock clean
+.PHONY: help env train sample latents plan profile conformance test test-long test-parity lint types bench lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
-	@echo "targets: train sample plan profile conformance test test-long test-parity lint types bench lock clean"
+	@echo "targets: train sample latents plan profile conformance test test-long test-parity lint types bench lock clean"
 
 env: $(READY)
 
@@ -43,7 +43,7 @@ $(VENV)/ready: $(LOCK) pyproject.toml
 	@$(if $(ACCELERATOR),$(VENV)/bin/python -m pip install --quiet -c $(LOCK) "jax[$(ACCELERATOR)]")
 	@touch $@
 
-train sample: $(READY)
+train sample latents: $(READY)
 	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
 
 # What training and sampling would take, on devices that need not be there: make plan EXP=... TOPOLOGY=v5e:16x16

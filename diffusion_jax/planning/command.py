@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from diffusion_jax.arguments import Count
+from diffusion_jax.arguments import Count, closest
+from diffusion_jax.typing import InputError
 
 
 def plan_options(
@@ -61,3 +62,54 @@ def plan_page(
 def plan_cache() -> Path:
     """Where compilations of plans are remembered."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusion_jax" / "plans"
+
+
+def profile_options(
+    *,
+    data: Literal["real", "made-up"] = "real",
+    steps_watched: Count = 5,
+    chip: str = "",
+    devices: Count | None = None,
+    split: bool = False,
+    tensor: Count = 1,
+    out: str = "",
+) -> dict:
+    """Where the time of a training step goes: a table by kind of operation and the twenty dearest, and a trace.
+
+    Args:
+        data: the experiment's, or random numbers of its form.
+        steps_watched: dispatches to watch.
+        chip: whose peaks the floor is reckoned with, such as H100; by default the device's.
+        devices: how many devices to use; by default all.
+        split: split parameters and optimizer state over the devices instead of copying them.
+        tensor: so many devices share the work within each layer, for networks that can be split so.
+        out: folder of the trace; by default runs/EXPERIMENT/profile.
+    """
+    return dict(locals())
+
+
+def profile_page(
+    function: Callable[..., Any], name: str, arguments: Mapping[str, Any], options: Mapping[str, Any]
+) -> str:
+    """Run and watch some steps of an experiment made with `arguments`; InputError for bad input."""
+    import jax
+
+    from diffusion_jax.planning.profile import profile
+    from diffusion_jax.training.roofline import CHIPS, find_chip
+
+    chip = find_chip(options["chip"] or jax.devices()[0].device_kind)
+    if options["chip"] and chip is None:
+        near = closest(options["chip"], CHIPS)
+        raise InputError(f"chip={options['chip']}: not known{near}; there are: {', '.join(CHIPS)}")
+    folder = Path(options["out"] or Path("runs") / Path(name).stem / "profile")
+    where = {key: options[key] for key in ("devices", "split", "tensor")}
+    page = profile(
+        function(**arguments),
+        folder,
+        made_up=options["data"] == "made-up",
+        steps=options["steps_watched"],
+        chip=chip,
+        peak=os.environ.get("PEAK", ""),
+        **where,
+    )
+    return page + "\nOpen it at ui.perfetto.dev, or the folder in TensorBoard."

@@ -99,18 +99,31 @@ def kind_of(program: Program, op: Op, flops: int = 0) -> str:
         collective_kind(o.opcode) for name in op.called() for o in program.computations.get(name, {}).values()
     ):
         return "collective"
-    stack = " ".join(program.functions.get(op.frame, ()))
-    if "attend" in stack or "attention" in stack.lower():
+    origin = origin_of(program, op)
+    functions = program.functions.get(origin.frame, ())
+    stack = " ".join(functions)
+    # Functions, not modules: a block named Attention holds projections and a normalization too.
+    if any("attend" in name or "attention" in name for name in functions if name == name.lower()):
         return "attention"
     if flops:
-        return "convolution" if "conv_general_dilated" in op.source else "matrix product"
-    if "make_train_step" in stack and "jvp" not in op.source and "loss_fn" not in stack:
+        return "convolution" if "conv_general_dilated" in origin.source else "matrix product"
+    if "make_train_step" in stack and "jvp" not in origin.source and "loss_fn" not in stack:
         return "optimizer, averages"
     if op.opcode in ("copy", "transpose", "reshape") or op.name.startswith(("copy", "transpose", "slice")):
         return "copy, transpose"
     if "norm" in stack.lower():
         return "normalization"
     return "other" if op.opcode in ("custom-call", "infeed", "outfeed") else "elementwise"
+
+
+def origin_of(program: Program, op: Op) -> Op:
+    """The operation itself, or, if the compiler does not say where it is from, a product or another one inside it."""
+    if op.frame or not op.called():
+        return op
+    inner = [o for name in op.called() for o in program.computations.get(name, {}).values() if o.frame or o.called()]
+    products = [o for o in inner if o.opcode in ("dot", "convolution")]
+    chosen = [*products, *inner[::-1]]
+    return origin_of(program, chosen[0]) if chosen else op
 
 
 def _beside(op: Op) -> bool:
