@@ -115,7 +115,7 @@ def _legacy(name: str, kind: str, heads: int | None, head_channels: int) -> Leaf
 
     def here(value: np.ndarray) -> np.ndarray:
         ours = _matrix_here(value) if kind == "kernel" else value
-        fits = ours.shape[-1] % (3 * (heads or head_channels)) == 0
+        fits = ours.ndim and ours.shape[-1] % (3 * (heads or head_channels)) == 0
         return ours[..., order_of(ours.shape[-1])] if fits else ours
 
     def there(value: np.ndarray) -> np.ndarray:
