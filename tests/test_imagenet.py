@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from diffusion_jax.__main__ import main
 from diffusion_jax.experiment import find_experiment
 from diffusion_jax.nets import count
+from diffusion_jax.training import tfds_without_tf
 from diffusion_jax.training.data import batch_indices, feed, read_ahead
 from diffusion_jax.training.sources import ilsvrc, imagenet
 from diffusion_jax.training.sources.decoding import read_square
@@ -273,6 +275,29 @@ def test_tfds_files_give_the_pictures_of_the_folder(folder, prepared, kind, belo
         for one, other in zip(examples(a), examples(b), strict=True):
             np.testing.assert_array_equal(one["image"], other["image"])
             assert one["label"] == other["label"]
+
+
+def test_the_places_of_records_are_kept_until_a_file_changes(prepared, tmp_path, monkeypatch):
+    root = tmp_path / "copy"
+    shutil.copytree(prepared["tfrecord"], root)
+    first = imagenet(8, root, cache_bytes=0, cache_dir=tmp_path / "kept").train
+    index = tfds_without_tf._index
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds_without_tf, "_index", lambda path: pytest.fail("indexed again"))
+        again = imagenet(8, root, cache_bytes=0, cache_dir=tmp_path / "kept").train
+    for i in (0, 9, 17):
+        np.testing.assert_array_equal(again[i]["image"], first[i]["image"])
+    for kept in (tmp_path / "kept").rglob("records-*.npz"):
+        kept.write_bytes(kept.read_bytes()[:99])
+    counted = []
+    monkeypatch.setattr(tfds_without_tf, "_index", lambda path: counted.append(path) or index(path))
+    assert len(imagenet(8, root, cache_bytes=0, cache_dir=tmp_path / "kept").train) == 18
+    next(root.rglob("*train.tfrecord*")).touch()
+    imagenet(8, root, cache_bytes=0, cache_dir=tmp_path / "kept")
+    assert len(counted) == 3  # both damaged ones, then the one that was touched
+    next(root.rglob("*train.tfrecord*")).unlink()
+    with pytest.raises(InputError, match=r"cannot read .*train\.tfrecord"):
+        imagenet(8, root, cache_bytes=0, cache_dir=tmp_path / "kept")
 
 
 def test_tfds_files_are_read_without_tensorflow(prepared):

@@ -229,9 +229,8 @@ def encode_to_store(encoding: Encoding, devices: int | None = None) -> dict[str,
     todo = [s for s in own if not (encoding.out / f"{_name(*s)}.json").is_file()]
     _encode_shards(encoding, splits, todo, mesh)
     hosts.gather(None, "latents encoded")
-    header |= {"complete": True, **_measured(encoding.out, shards)}
-    if hosts.first():
-        write_whole(encoding.out / "header.json", json.dumps(header, indent=2) + "\n")
+    header |= {"complete": True, **hosts.on_first(lambda: _measured(encoding.out, shards), "latents measured")}
+    write_whole(encoding.out / "header.json", json.dumps(header, indent=2) + "\n")
     return header
 
 
@@ -354,7 +353,9 @@ def _write_shard(stem: Path, moments: np.ndarray, labels: np.ndarray) -> None:
         with part.open("wb") as file:
             np.save(file, array)
         part.replace(f"{stem}.{name}.npy")
-    write_whole(Path(f"{stem}.json"), json.dumps({"pixels": mean[..., 0].size, **sums}) + "\n")
+    part = Path(f"{stem}.json.part")  # of any host; `write_whole` is for what the first one writes
+    part.write_text(json.dumps({"pixels": mean[..., 0].size, **sums}) + "\n")
+    part.replace(f"{stem}.json")
 
 
 def _measured(out: Path, shards: list[tuple[str, int]]) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import glob
+import hashlib
 import importlib.util
 import io
 import os
@@ -17,7 +18,9 @@ import shutil
 import struct
 import sys
 import types
+import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +110,16 @@ def _encode(self: Any, image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def records(builder: Any, split: str) -> Sequence[bytes]:
-    """The serialised examples of a prepared split by index; InputError for a file format that needs TensorFlow."""
+def records(builder: Any, split: str, keep: Path | None = None) -> Sequence[bytes]:
+    """The serialised examples of a prepared split by index; InputError for a file format that needs TensorFlow.
+
+    keep: a folder for what `TFRecords.open` finds out, if it is to be found out once only.
+    """
     import tensorflow_datasets as tfds
 
     file_format = builder.info.file_format.value
     if file_format == "tfrecord":
-        return TFRecords.open([os.fspath(p) for p in builder.info.splits[split].filepaths])
+        return TFRecords.open([os.fspath(p) for p in builder.info.splits[split].filepaths], keep)
     if file_format == "array_record":
         return builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     raise InputError(f"{builder.data_dir} is in the format {file_format}; array_record and tfrecord can be read")
@@ -133,9 +139,18 @@ class TFRecords(Sequence[bytes]):
     ends: tuple[int, ...]
 
     @classmethod
-    def open(cls, paths: Sequence[str]) -> TFRecords:
-        """Index the files by one pass over the lengths; InputError names a missing or truncated file."""
-        found = [_index(Path(p)) for p in paths]
+    def open(cls, paths: Sequence[str], keep: Path | None = None) -> TFRecords:
+        """Index the files by one pass over the lengths; InputError names a missing or truncated file.
+
+        With a folder `keep`, the index is kept there, under a digest of the files' names, sizes and times.
+        """
+        kept = None if keep is None else keep / f"records-{_state(paths)}.npz"
+        found = _kept(kept, len(paths)) if kept is not None else None
+        if found is None:
+            with ThreadPoolExecutor(16) as pool:  # a network's file system takes its time for each request
+                found = list(pool.map(_index, map(Path, paths)))
+            if kept is not None:
+                _keep(kept, found)
         ends = tuple(int(n) for n in np.cumsum([len(o) for o, _ in found]))
         return cls(tuple(paths), tuple(o for o, _ in found), tuple(n for _, n in found), ends)
 
@@ -150,6 +165,39 @@ class TFRecords(Sequence[bytes]):
         with open(self.paths[f], "rb") as file:
             file.seek(int(self.offsets[f][j]))
             return file.read(int(self.lengths[f][j]))
+
+
+def _state(paths: Sequence[str]) -> str:
+    try:
+        stats = [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _kept(path: Path, files: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """An index that was kept, or None if there is none or it is damaged."""
+    try:
+        with np.load(path) as arrays:
+            offsets, lengths, counts = (arrays[name] for name in ("offsets", "lengths", "counts"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if len(counts) != files or not sum(counts) == len(offsets) == len(lengths):
+        return None
+    return list(zip(*(np.split(a, np.cumsum(counts)[:-1]) for a in (offsets, lengths)), strict=True))
+
+
+def _keep(path: Path, found: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write an index whole or not at all; what cannot be kept is found again next time."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    offsets, lengths = (np.concatenate(part) for part in zip(*found, strict=True))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            np.savez(file, offsets=offsets, lengths=lengths, counts=[len(o) for o, _ in found])
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray]:

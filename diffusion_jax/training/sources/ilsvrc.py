@@ -4,8 +4,8 @@
     DATA_DIR/imagenet2012/5.1.0      prepared by TensorFlow Datasets, as array_record or tfrecord               (2)
 
 Classes are the sorted folder names, which is TFDS's order too. Pixels are those of ADM's preprocessing
-(`decoding.read_square`). Of 1,281,167 pictures only names are held in memory: the list is kept on disk under a digest
-of the class folders' times, and is read anew when one of them changes.
+(`decoding.read_square`). Of 1,281,167 pictures only names, or places in files, are held in memory: the list is kept on
+disk under a digest of the folders' or files' times, and is made anew when one of them changes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def imagenet(
         raise InputError(f"imagenet needs size >= 1, got {size}")
     root = _root(path)
     home = (Path(cache_dir).expanduser() if cache_dir is not None else user_cache()) / "imagenet" / digest(str(root))
-    found = _from_folder(root, size, home) if (root / "train").is_dir() else _from_tfds(root, size)
+    found = _from_folder(root, size, home) if (root / "train").is_dir() else _from_tfds(root, size, home)
     shape = (size, size, 3)
     folder = home / f"{size}" / found.state
     sources = decoded(tuple(found.splits), lambda: found.splits, shape, folder, cache_bytes)
@@ -183,7 +183,7 @@ def _prepared_versions(root: Path) -> list[Path]:
     return []
 
 
-def _from_tfds(root: Path, size: int) -> _Found:
+def _from_tfds(root: Path, size: int, home: Path) -> _Found:
     import tensorflow_datasets as tfds
 
     folder = _prepared_versions(root)[-1]
@@ -195,7 +195,7 @@ def _from_tfds(root: Path, size: int) -> _Found:
     splits = {
         key: TfdsSplit(f"{builder.name}'s {split} split", records, features, True, partial(read_square, size=size))
         for key, split in present.items()
-        if split in builder.info.splits and len(records := tfds_without_tf.records(builder, split))
+        if split in builder.info.splits and len(records := tfds_without_tf.records(builder, split, home))
     }
     if "train" not in splits:
         raise InputError(f"{folder} has no train split, only {', '.join(builder.info.splits)}")
