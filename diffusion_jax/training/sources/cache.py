@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from diffusion_jax.training.data import RandomAccess, Source
 from diffusion_jax.typing import InputError
@@ -20,6 +21,8 @@ from diffusion_jax.typing import InputError
 Shape = tuple[int, int, int]
 CACHE_BYTES = 2**33
 """Decoded images of at most 8 GiB are kept on disk."""
+LONG = 50_000
+"""From so many images on, decoding shows its progress."""
 
 
 def decoded(
@@ -77,11 +80,13 @@ def _decode_all(source: RandomAccess, shape: Shape, image_path: Path, label_path
             images[i], labels[i] = example["image"], example["label"]
 
     pool = ThreadPoolExecutor(os.cpu_count())
+    bar = tqdm(total=n, desc="decoding once", unit="image", dynamic_ncols=True, disable=n < LONG)
     try:
         for _ in pool.map(decode, range(0, n, block)):
-            pass
+            bar.update(block)
     finally:
         pool.shutdown(cancel_futures=True)
+        bar.close()
     images.flush()
     np.save(label_path, labels)
 
