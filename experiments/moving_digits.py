@@ -13,7 +13,7 @@ recognises as the class; how much that square stays the same from frame to frame
 is from going straight on, in pixels a frame; each beside the same for held-out videos.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import optax
@@ -58,14 +58,14 @@ def experiment(
         sample_every: steps between sample grids, 0 for none.
         checkpoint_every: steps between checkpoints, 0 for the last one only.
     """
-    data, schedule = moving_digits(SHAPE[0], SHAPE[1]), cosine()
+    data, schedule = cache(partial(moving_digits, SHAPE[0], SHAPE[1])), cosine()
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps + 1)
     net = unet(
         SHAPE, channels=width, multipliers=(1, 2, 4), blocks=1, attention=(8,), classes=CLASSES,
         attention_over="space_then_time", convolution="space_then_time", resample_time=False,
     )  # fmt: skip
     return Experiment(
-        data=lambda: data,
+        data=data,
         shape=SHAPE,
         net=net,
         schedule=schedule,
@@ -85,7 +85,7 @@ def experiment(
         log_every=log_every,
         sample_every=sample_every,
         checkpoint_every=checkpoint_every,
-        evaluate=lambda draw: evaluate(draw, data.train, data.test),
+        evaluate=lambda draw: evaluate(draw, data().train, data().test),
     )
 
 

@@ -10,7 +10,7 @@ Expected, as printed last: the share of samples whose strongest frequency is wit
 for, and the share of their energy at multiples of that pitch, each beside the same for held-out tones.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,10 +56,10 @@ def experiment(
         sample_every: steps between sample grids, 0 for none.
         checkpoint_every: steps between checkpoints, 0 for the last one only.
     """
-    data, schedule = tones(SHAPE[0], RATE), cosine()
+    data, schedule = cache(partial(tones, SHAPE[0], RATE)), cosine()
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps + 1)
     return Experiment(
-        data=lambda: data,
+        data=data,
         shape=SHAPE,
         net=unet(SHAPE, channels=width, multipliers=(1, 2, 2, 4, 4), blocks=1, attention=(64,), classes=CLASSES),
         schedule=schedule,
@@ -82,7 +82,7 @@ def experiment(
         log_every=log_every,
         sample_every=sample_every,
         checkpoint_every=checkpoint_every,
-        evaluate=lambda draw: evaluate(draw, data.test),
+        evaluate=lambda draw: evaluate(draw, data().test),
     )
 
 

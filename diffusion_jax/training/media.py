@@ -239,7 +239,12 @@ def spectrogram(sound: np.ndarray) -> np.ndarray:
 def tamed(path: jax.Array) -> jax.Array:
     """A trajectory `f32[steps, b *d]`, every step with at most the standard deviation of the last one."""
     wanted = jnp.std(path[-1])
-    return jax.vmap(lambda x: x * jnp.minimum(1.0, wanted / jnp.maximum(jnp.std(x), 1e-6)))(path)
+
+    def tame(x: jax.Array) -> jax.Array:
+        size = jnp.std(x)
+        return x * jnp.where(size > wanted, wanted / jnp.maximum(size, 1e-6), 1.0)
+
+    return jax.lax.map(tame, path)
 
 
 def save_film(path: Path, frames: np.ndarray, columns: int, how: Look) -> None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.experiment import find_experiment, initial_state, loss_fn
+from diffusion_jax.training.roofline import batch_shapes
 from diffusion_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,6 +19,9 @@ SMALL = {
     "cifar10_edm": {"width": 4, "blocks": 1},
     "cifar10_ddpmpp": {"width": 4, "blocks": 1},
     "folder": {"width": 4, "size": 16},
+    "moving_digits": {"width": 8},
+    "tones": {"width": 8},
+    "imagenet256_dit_xl2": {"model": "S", "depth": 1, "width": 16, "heads": 2, "size": 64, "classes": 3},
     "imagenet64_edm2_s": {"width": 4, "blocks": 1, "size": 8, "classes": 3},
 }
 
@@ -34,8 +38,10 @@ def test_every_experiment_makes_a_step(name, more, tmp_path, monkeypatch):
         options["path"] = str(tmp_path)
     experiment = find_experiment(name)(**options, batch=4)
     rng = np.random.default_rng(0)
+    stored = batch_shapes(experiment)["image"]
+    pixels = rng.integers(0, 256, stored.shape) if stored.dtype == np.uint8 else rng.normal(size=stored.shape)
     batch = {
-        "image": jax.numpy.asarray(rng.integers(0, 256, (4, *experiment.shape), np.uint8)),
+        "image": jax.numpy.asarray(pixels, stored.dtype),
         "label": jax.numpy.asarray(rng.integers(0, experiment.null or 1, 4, np.int32)),
     }
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
