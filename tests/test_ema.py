@@ -2,14 +2,18 @@
 
 import itertools
 import zipfile
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
 
 from diffusion_jax.training import ema
+from diffusion_jax.training.draw import draw_to_folder
+from diffusion_jax.training.loop import fit
 from diffusion_jax.training.snapshots import keep_until, reconstruct, save_snapshots, snapshots
 from diffusion_jax.training.state import TrainState, init_state
 from diffusion_jax.training.step import make_train_step
@@ -264,3 +268,60 @@ def test_one_average_for_each_decay():
     step = make_train_step(lambda p, b, k: jnp.sum(p["w"]), optax.identity(), ema.constant())
     with pytest.raises(ValueError):
         step(state, {})
+
+
+# From the loop to drawing --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that keeps snapshots, stopped half way and continued: (experiment, folder)."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    decays = ema.power_function(0.05), ema.power_function(0.10)
+    experiment = replace(toy.experiment(checkpoint_every=10, dispatch=3), ema=decays, snapshot_every=4)
+    fit(replace(experiment, steps=10), folder, {})
+    assert sorted({s.step for s in snapshots(folder / "averages")}) == [4, 8, 10]
+    fit(experiment, folder, {})
+    return experiment, folder
+
+
+def test_the_loop_keeps_snapshots_and_the_last_state(finished):
+    _, folder = finished
+    assert sorted({s.step for s in snapshots(folder / "averages")}) == [4, 8, 10, 12, 16, 20]
+    assert {s.sigma_rel for s in snapshots(folder / "averages")} == {0.05, 0.1}
+
+
+def test_averages_of_a_continued_run_are_those_of_an_uninterrupted_one(finished, tmp_path):
+    experiment, folder = finished
+    fit(experiment, tmp_path, {})
+    for one in snapshots(tmp_path / "averages"):
+        with np.load(one.path) as wanted, np.load(folder / "averages" / one.path.name) as got:
+            assert sorted(wanted) == sorted(got)
+            for name in wanted:
+                np.testing.assert_array_equal(got[name], wanted[name])
+
+
+def test_drawing_takes_a_reconstructed_average(finished):
+    experiment, folder = finished
+    options = {
+        "n": 4, "seed": 0, "sampler": "default", "steps": None, "guidance": None, "label": None, "format": "npz",
+        "out": "", "devices": None,
+    }  # fmt: skip
+    drawn = {}
+    for sigma_rel in (None, 0.05, 0.15):
+        said = draw_to_folder(experiment, folder, {**options, "checkpoint": "newest", "ema": sigma_rel})
+        name = "drawn-step=20-seed=0" + (f"-ema={sigma_rel}" if sigma_rel else "")
+        assert name in said
+        drawn[sigma_rel] = np.load(folder / name / "images.npz")["images"].astype(int)
+    # The tracked one comes back but for half precision; another one is another.
+    assert np.max(np.abs(drawn[0.05] - drawn[None])) <= 2
+    assert np.max(np.abs(drawn[0.15] - drawn[None])) > 2
+    with pytest.raises(InputError, match="checkpoint=best: for ema=0.05 give a step"):
+        draw_to_folder(experiment, folder, {**options, "checkpoint": "best", "ema": 0.05})
+    with pytest.raises(InputError, match="no snapshots in .* until step 3"):
+        draw_to_folder(experiment, folder, {**options, "checkpoint": "3", "ema": 0.05})
+
+
+def test_snapshots_need_power_functions():
+    with pytest.raises(InputError, match="snapshot_every: only averages by ema.power_function"):
+        replace(toy.experiment(), snapshot_every=5)
