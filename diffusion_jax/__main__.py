@@ -91,7 +91,8 @@ def sample_options(
         steps: another number of sampling steps than the experiment's.
         guidance: another scale of classifier-free guidance than the experiment's.
         label: draw this class only; by default all classes in turn.
-        format: png writes each picture and a grid, npz one file of arrays and a grid, grid the grid alone.
+        format: png writes each picture and a grid (video as .gif, sound as .wav), npz one file of arrays and a grid,
+            grid the grid alone.
         checkpoint: newest, best, or a step.
         ema: an average of this relative width, 0.08 say, put together from the snapshots of the run.
         out: folder to write to; by default inside the run.

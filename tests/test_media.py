@@ -15,10 +15,11 @@ from toy import lenient
 
 from diffusion_jax import Net, cosine, denoising_loss, dpmpp_2m, draw_stratified, parameterize, uniform
 from diffusion_jax.experiment import Experiment
-from diffusion_jax.nets import mlp
+from diffusion_jax.nets import mlp, unet
 from diffusion_jax.training import ema, media
 from diffusion_jax.training.data import Data, to_uint8
 from diffusion_jax.training.draw import draw_to_folder
+from diffusion_jax.training.generate import example_keys, make_draw
 from diffusion_jax.training.loop import fit
 from diffusion_jax.training.media import Look
 from diffusion_jax.training.step import make_objective
@@ -212,6 +213,22 @@ def test_a_run_of_each_kind(tmp_path, kind, beside, one):
     said = draw_to_folder(trained, tmp_path, options(out=str(tmp_path / "each")))
     assert {p.name for p in (tmp_path / "each").iterdir()} >= {"grid.png", f"grid{beside}", one}
     assert "000000" + beside in said
+
+
+def test_a_condition_of_several_kinds(tmp_path):
+    """Such a run draws without a condition; whoever asks gives one for each example."""
+    net = unet((8, 2), channels=8, multipliers=(1,), blocks=1, attention=(), classes=2, vector=3)
+    null = {"label": 2, "vector": 0.0, "vector_mask": False}
+    several = experiment("series", shape=(8, 2), net=net, null=null, guidance=2.0)
+    params, keys = net.init(jax.random.key(0)), example_keys(0, 0, 2)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    cond = {"label": jnp.array([0, 1]), "vector": jnp.ones((2, 3)), "vector_mask": jnp.ones(2, bool)}
+    draw = jax.jit(make_draw(several))
+    free, none = draw(params, keys, None), draw(params, keys, jax.tree.map(jnp.full_like, cond, null))
+    np.testing.assert_allclose(free, none, atol=1e-4)
+    assert np.max(np.abs(draw(params, keys, cond) - free)) > 1e-3
+    with pytest.raises(InputError, match="has no classes"):
+        draw_to_folder(several, tmp_path, options(label=1))
 
 
 def test_data_of_another_shape_is_told(tmp_path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusion_jax import samplers
 from diffusion_jax.experiment import Experiment, check_at_least, check_seed, initial_state
 from diffusion_jax.training import checkpoint, hosts, media, writer
-from diffusion_jax.training.generate import at_a_time, make_draw, make_pictures
+from diffusion_jax.training.generate import at_a_time, classes_of, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
 from diffusion_jax.training.snapshots import reconstruct
 from diffusion_jax.typing import InputError, Params, Sampler, Schedule
@@ -108,14 +108,14 @@ def _best(folder: Path) -> int | None:
 
 
 def _labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | None:
-    n, label = options["n"], options["label"]
-    if experiment.null is None:
+    n, label, classes = options["n"], options["label"], classes_of(experiment)
+    if classes is None:
         if label is not None or options["guidance"] is not None:
             raise InputError("label and guidance are for class-conditional experiments; this one has no classes")
         return None
-    if label is not None and not 0 <= label < experiment.null:
-        raise InputError(f"label={label}: this experiment has the classes 0 to {experiment.null - 1}")
-    return np.arange(n) % experiment.null if label is None else np.full(n, label)
+    if label is not None and not 0 <= label < classes:
+        raise InputError(f"label={label}: this experiment has the classes 0 to {classes - 1}")
+    return np.arange(n) % classes if label is None else np.full(n, label)
 
 
 def _sampler(experiment: Experiment, options: Mapping[str, Any]) -> Sampler | None:

@@ -22,9 +22,14 @@ from diffusion_jax.training.mesh import replicated, split_axis
 from diffusion_jax.typing import Array, InputError, Params, Sampler
 
 Draw = Callable[[Params, Array, Array | None], Array]
-"""(params, keys: [b], labels: i32[b] or None) -> f32[b,h,w,c]."""
+"""(params, keys: [b], labels: i32[b] or None) -> f32[b *d]."""
 Pictures = Callable[..., Iterator[np.ndarray]]
-"""(params, n, seed, labels: [n] or None) -> n pictures, u8[k, h, w, c] at a time."""
+"""(params, n, seed, labels: [n] or None) -> n pictures, u8[k, h, w, c] or what `decode` gives, k at a time."""
+
+
+def classes_of(experiment: Experiment) -> int | None:
+    """The number of classes that samples can be asked for, or None where there are no labels."""
+    return int(experiment.null) if isinstance(experiment.null, int | np.integer) else None
 
 
 def make_draw(
@@ -35,10 +40,12 @@ def make_draw(
     guidance: float | None = None,
     trajectory: bool = False,
 ) -> Draw:
-    """(params, keys: [b], labels: i32[b] or None) -> f32[b,h,w,c] in about [-1, 1], to be jitted by the caller.
+    """(params, keys: [b], labels: i32[b] or None) -> f32[b *d], x0 as the model knows it, to be jitted by the caller.
 
-    Picture i is a function of key i and label i alone; without labels, of the unconditional model. What is not given
-    is the experiment's. With `trajectory`, f32[steps + 1, b, h, w, c]. InputError for steps that its grid cannot have.
+    Picture i is a function of key i and label i alone; without labels, of the unconditional model. What is conditioned
+    on more than labels takes a whole condition in their place, of the structure of `null`, or None for nothing. What is
+    not given is the experiment's. With `trajectory`, f32[steps + 1, b *d]. InputError for steps that its grid cannot
+    have.
     """
     n = experiment.sample_steps if steps is None else steps
     try:
@@ -50,10 +57,9 @@ def make_draw(
 
     def draw(params: Params, keys: Array, labels: Array | None) -> Array:
         denoiser = experiment.read(partial(experiment.net.apply, params))
-        if experiment.null is None:
-            cond = None
-        elif labels is None:
-            cond = jnp.full(keys.shape, experiment.null, jnp.int32)
+        classes = classes_of(experiment)
+        if labels is None or experiment.null is None:
+            cond = None if classes is None else jnp.full(keys.shape, classes, jnp.int32)
         else:
             cond = labels
             denoiser = classifier_free(denoiser, experiment.null, scale)

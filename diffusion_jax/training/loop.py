@@ -30,7 +30,7 @@ from tqdm import tqdm
 from diffusion_jax.experiment import Experiment, initial_state, loss_fn
 from diffusion_jax.training import checkpoint, hosts, media, records
 from diffusion_jax.training.data import Data, Feed, feed, size, take
-from diffusion_jax.training.generate import Pictures, at_a_time, example_keys, make_draw, make_pictures
+from diffusion_jax.training.generate import Pictures, at_a_time, classes_of, example_keys, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
 from diffusion_jax.training.records import Meter
 from diffusion_jax.training.roofline import image_share
@@ -283,9 +283,10 @@ def _finish(run: _Run, state: TrainState) -> dict[str, float]:
 
 def _grid_labels(experiment: Experiment, rows: int) -> tuple[int, int, np.ndarray | None]:
     """(examples, columns, labels) of a sample grid: a column for each class, up to ten of them."""
-    if experiment.null is None:
+    classes = classes_of(experiment)
+    if classes is None:
         return rows * 8, 8, None
-    columns = min(10, experiment.null)
+    columns = min(10, classes)
     return columns * rows, columns, np.arange(columns * rows, dtype=np.int32) % columns
 
 
@@ -364,8 +365,9 @@ def _padded(batches: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
 def _check_data(experiment: Experiment, data: Data) -> None:
     if tuple(data.shape) != tuple(experiment.shape):
         raise InputError(f"the data has examples of shape {data.shape}, the experiment wants {experiment.shape}")
-    if experiment.null is not None and len(data.classes) != experiment.null:
-        raise InputError(f"the experiment is for {experiment.null} classes, the data has {len(data.classes)}")
+    classes = classes_of(experiment)
+    if classes is not None and len(data.classes) != classes:
+        raise InputError(f"the experiment is for {classes} classes, the data has {len(data.classes)}")
 
 
 def _prepare_folder(folder: Path) -> None:
