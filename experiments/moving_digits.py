@@ -10,7 +10,9 @@ Method: v-prediction (Salimans & Ho 2022, arXiv:2202.00512) on the cosine schedu
 DPM-Solver++(2M) in 20 steps.
 Expected, as printed last: the share of frames whose brightest 8x8 square a classifier trained on the real digits
 recognises as the class; how much that square stays the same from frame to frame (correlation); and how far the motion
-is from going straight on, in pixels a frame; each beside the same for held-out videos.
+is from going straight on, in pixels a frame; each beside the same for held-out videos: 0.98, 0.95 and 1.0.
+Measured with steps=600 batch=8, 277 s of processor time on two shared cores: moving blobs that are no digits yet,
+frame accuracy 0.11, steadiness 0.38, jolt 1.2. The default is 6.7 times as much; its numbers are not measured.
 """
 
 from functools import cache, partial
@@ -34,15 +36,15 @@ SHAPE, CLASSES = (8, 16, 16, 1), 10
 def experiment(
     *,
     width: Count = 16,
-    steps: Count = 600,
-    batch: Count = 8,
+    steps: Count = 2000,
+    batch: Count = 16,
     learning_rate: Amount = 2e-3,
     sample_steps: Count = 20,
     guidance: float = 1.5,
     seed: Natural = 0,
     log_every: Count = 50,
-    sample_every: Natural = 300,
-    checkpoint_every: Natural = 300,
+    sample_every: Natural = 500,
+    checkpoint_every: Natural = 500,
 ) -> Experiment:
     """Class-conditional moving digits.
 
