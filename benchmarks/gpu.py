@@ -43,8 +43,9 @@ REACH = {
 }
 
 
-def line(work: str, who: str, value: float, unit: str, **more) -> None:
-    print(json.dumps({"work": work, "who": who, "value": round(value, 4), "unit": unit} | more), flush=True)
+def line(work: str, who: str, value: float | None, unit: str, **more) -> None:
+    shown = None if value is None else round(value, 4)
+    print(json.dumps({"work": work, "who": who, "value": shown, "unit": unit} | more), flush=True)
 
 
 # Timing --------------------------------------------------------------------------------------------------------------
@@ -104,30 +105,32 @@ def find(name: str, **arguments):
 
 
 def made_up(experiment) -> dict:
-    """A batch of random examples on the device: pixels, or moments of latents where the experiment reads those."""
+    """A batch of random examples on the device, of the shapes and types that the experiment reads."""
     import jax
     import jax.numpy as jnp
 
-    keys, shape = jax.random.split(jax.random.key(1)), experiment.shape
-    if shape[-1] == 4:
-        images = jax.random.normal(keys[0], (experiment.batch, *shape[:-1], 8), jnp.float16)
-    else:
-        images = jax.random.bits(keys[0], (experiment.batch, *shape), jnp.uint8)
-    return {"image": images, "label": jnp.zeros((experiment.batch,), jnp.int32)}
+    from diffusion_jax.training.roofline import batch_shapes
+
+    def random(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.random.normal(jax.random.key(1), leaf.shape, leaf.dtype)
+        if leaf.dtype == jnp.uint8:
+            return jax.random.bits(jax.random.key(1), leaf.shape, leaf.dtype)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(random, batch_shapes(experiment))
 
 
 def our_step(experiment):
     """() -> metrics: the jitted training step, its state donated."""
     import jax
 
-    from diffusion_jax.experiment import loss_fn
-    from diffusion_jax.training.state import init_state
+    from diffusion_jax.experiment import initial_state, loss_fn
     from diffusion_jax.training.step import make_train_step
 
     step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
-    step = jax.jit(step, donate_argnums=0)
-    held = [jax.jit(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))()]
-    batch = made_up(experiment)
+    step, batch = jax.jit(step, donate_argnums=0), made_up(experiment)
+    held = [jax.jit(lambda: initial_state(experiment))()]
 
     def run():
         held[0], metrics = step(held[0], batch)
@@ -144,8 +147,7 @@ def our_draw(experiment, steps: int):
 
     params = jax.jit(experiment.net.init)(jax.random.key(0))
     draw, keys = jax.jit(make_draw(experiment, steps=steps)), example_keys(0, 0, experiment.batch)
-    labels = None if experiment.null is None else keys[:, None].shape[0] * [0]
-    labels = None if labels is None else jax.numpy.asarray(labels, jax.numpy.int32)
+    labels = None if experiment.null is None else jax.numpy.zeros(experiment.batch, jax.numpy.int32)
     return lambda: draw(params, keys, labels)
 
 
@@ -259,7 +261,7 @@ def first_step() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for temperature in ("cold", "warm"):
             took = seconds(code, JAX_COMPILATION_CACHE_DIR=cache)
-            line(f"cifar10_edm first step, {temperature}", "ours", took, "s", batch=512, **dtype())
+            line(f"cifar10_edm first step, {temperature}", "ours", took, "s", arguments=arguments, **dtype())
 
 
 def loop() -> None:
@@ -316,8 +318,8 @@ def memory(work: str, experiment) -> None:
 
     run = our_step(experiment)
     jax.block_until_ready([run(), run()])
-    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", float("nan"))
-    line(f"{work}, memory", "ours", used / 2**30, "GiB", batch=experiment.batch, **dtype())
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # a processor does not say
+    line(f"{work}, memory", "ours", used and used / 2**30, "GiB", batch=experiment.batch, **dtype())
 
 
 def memory_edm() -> None:
@@ -338,7 +340,11 @@ def memory_edm2() -> None:
         "EDM2-XXL train",
         find(
             "imagenet64_edm2_s",
-            **({"model": "XS", "batch": 1} if toy() else {"model": "XXL", "batch": 128, "remat": "full"}),
+            **(
+                {"width": 16, "blocks": 1, "size": 16, "batch": 2}
+                if toy()
+                else {"width": 448, "batch": 128, "remat": "full"}
+            ),
         ),
     )
 
@@ -398,6 +404,9 @@ def device_folder() -> Path:
 
 def main(words: list[str]) -> int:
     if words[:1] == ["--piece"]:
+        from diffusion_jax.__main__ import _set_up_jax
+
+        _set_up_jax()  # a second compilation of the same program comes from the cache
         next(piece for piece in PIECES if piece.__name__ == words[1])()
         return 0
     names, folder = [piece.__name__ for piece in PIECES], device_folder()

@@ -16,10 +16,9 @@ from pathlib import Path
 import jax
 
 from diffusion_jax.__main__ import _set_up_jax
-from diffusion_jax.experiment import find_experiment, loss_fn
+from diffusion_jax.experiment import find_experiment, initial_state, loss_fn
 from diffusion_jax.training.data import feed
 from diffusion_jax.training.loop import fit
-from diffusion_jax.training.state import init_state
 from diffusion_jax.training.step import make_train_step
 
 STEPS, PAIRS, SIZE = 80, 5, {"width": 32, "log_every": 10, "sample_every": 0, "checkpoint_every": 0}
@@ -28,7 +27,7 @@ STEPS, PAIRS, SIZE = 80, 5, {"width": 32, "log_every": 10, "sample_every": 0, "c
 def bare(experiment, steps: int = 50) -> float:
     """Images a second of the jitted step alone, batches on the device already."""
     step = jax.jit(make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema), donate_argnums=0)
-    state = jax.jit(lambda: init_state(jax.random.key(0), experiment.net, experiment.optimizer))()
+    state = jax.jit(lambda: initial_state(experiment))()
     train = experiment.data().train
     rows = feed(train, experiment.batch, 0).next(1)["index"][0]
     batch = jax.device_put({name: array[rows] for name, array in train.items()})

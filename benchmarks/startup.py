@@ -16,13 +16,12 @@ import time
 FIRST_STEP = """
 import time, jax, jax.numpy as jnp
 from diffusion_jax.__main__ import _set_up_jax
-from diffusion_jax.experiment import find_experiment, loss_fn
-from diffusion_jax.training.state import init_state
+from diffusion_jax.experiment import find_experiment, initial_state, loss_fn
 from diffusion_jax.training.step import make_train_step
 _set_up_jax()
 e = find_experiment("NAME")(ARGUMENTS)
 start = time.perf_counter()
-state = jax.jit(lambda: init_state(jax.random.key(0), e.net, e.optimizer))()
+state = jax.jit(lambda: initial_state(e))()
 step = jax.jit(make_train_step(loss_fn(e), e.optimizer, e.ema), donate_argnums=0)
 batch = {"image": jnp.zeros((e.batch, *e.shape), jnp.uint8), "label": jnp.zeros(e.batch, jnp.int32)}
 jax.block_until_ready(step(state, batch))
