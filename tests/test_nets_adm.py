@@ -140,9 +140,9 @@ def test_full_rematerialization_keeps_less():
     assert kept("full") < 0.5 * kept("dots") and kept("dots") < kept("none")
 
 
-def test_image_condition():
-    """A smaller image is enlarged as bilinear interpolation defines it; none at all is a black one."""
-    net = A(image=1, classes=None, **ONE_LEVEL)
+def test_image_and_vector_conditions():
+    """A smaller image is enlarged by bilinear interpolation; no image is a black one, no vector adds nothing."""
+    net = A(image=1, vector=2, classes=None, **ONE_LEVEL)
     params, apply = noised(net.init(jax.random.key(0))), quick(net.apply)
     small = np.random.default_rng(0).normal(size=(BATCH, 4, 4, 1)).astype(np.float32)
     where = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
@@ -153,6 +153,9 @@ def test_image_condition():
     absent = apply(params, X, T)
     np.testing.assert_allclose(absent, apply(params, X, T, {"image": np.zeros_like(large)}), atol=1e-5)
     assert np.max(np.abs(out - absent)) > 1e-2
+    vector = apply(params, X, T, {"vector": np.ones((BATCH, 2), np.float32), "vector_mask": np.arange(BATCH) == 1})
+    changed = np.max(np.abs(vector - absent), axis=(1, 2, 3))
+    assert changed[1] > 1e-3 and max(changed[0], changed[2]) < 1e-5
 
 
 def test_log_prob_is_that_of_the_labels(judge):
@@ -197,6 +200,8 @@ def test_guides(judge):
         (lambda: A(dropout=1.0), "dropout"),
         (lambda: A(blocks=0), "at least one"),
         (lambda: A(image=0), "image=0"),
+        (lambda: A(head_channels=0), "head_channels=0 must be positive"),
+        (lambda: C(remat="some"), "remat='some' is not one of none, dots, full"),
         (lambda: C(classes=0), "classes=0"),
         (lambda: adm_imagenet(96), "96 pixels, only for 64, 128, 256, 512"),
         (lambda: adm_upsampler(64), "only for 256, 512"),

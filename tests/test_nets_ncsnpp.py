@@ -50,15 +50,20 @@ def noised(params, scale=0.1):
 @pytest.fixture(scope="module")
 def network():
     """Parameters as they start, the jitted apply, with dropout and an image, parameters away from the start."""
-    net = N(dropout=0.3, image=1, progressive_input="skip", progressive_output="skip")
+    net = N(dropout=0.3, image=1, vector=2, progressive_input="skip", progressive_output="skip")
     start = net.init(jax.random.key(0))
     return start, quick(net.apply), noised(start)
 
 
-def given(label=None, image=None):
-    """A condition of one structure, so that all calls share one compilation."""
-    label = jnp.full(BATCH, CLASSES) if label is None else label
-    return {"label": label, "image": jnp.zeros((BATCH, 8, 8, 1)) if image is None else image}
+def given(**entries):
+    """A condition of one structure, so that all calls share one compilation; absent but for the entries."""
+    absent = {
+        "label": jnp.full(BATCH, CLASSES),
+        "vector": jnp.ones((BATCH, 2)),
+        "vector_mask": jnp.zeros(BATCH, bool),
+        "image": jnp.zeros((BATCH, 8, 8, 1)),
+    }
+    return {**absent, **entries}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,7 @@ def test_conditions_are_heard_by_their_example_alone(network):
     for other in (
         apply(params, X, T, given(label=jnp.array([CLASSES, 1, CLASSES]))),
         apply(params, X, T, given(image=jnp.zeros((BATCH, 8, 8, 1)).at[1].set(1.0))),
+        apply(params, X, T, given(vector_mask=jnp.arange(BATCH) == 1)),
         apply(params, X, T.at[1].add(0.5), given()),
         apply(params, X.at[1].multiply(2.0), T, given()),
     ):
@@ -190,8 +196,8 @@ def test_conditions_are_heard_by_their_example_alone(network):
 
 
 def test_absent_conditions_and_small_images():
-    """None is no label and a black image; a small image counts as its enlargement."""
-    net = N(image=1, multipliers=(1,), attention=())
+    """None is no label, no vector and a black image; a small image counts as its enlargement."""
+    net = N(image=1, vector=2, multipliers=(1,), attention=())
     params = jax.eval_shape(net.init, jax.random.key(0))
     text = lambda *cond: str(jax.make_jaxpr(net.apply)(params, X, T, *cond))  # noqa: E731
     assert text() == text(None) == text({"label": None, "image": None}) == text({})
@@ -213,7 +219,7 @@ def test_bfloat16_is_close(network):
     """Half precision changes the output by some of its 8 bits, not by its size."""
     _, apply, params = network
     params = jax.tree.map(lambda a: 0.7 * a, params)
-    net = N(image=1, progressive_input="skip", progressive_output="skip", dtype=jnp.bfloat16)
+    net = N(image=1, vector=2, progressive_input="skip", progressive_output="skip", dtype=jnp.bfloat16)
     full, half = apply(params, X, T, given()), quick(net.apply)(params, X, T, given())
     assert half.dtype == jnp.float32
     assert 0 < np.sqrt(np.mean((half - full) ** 2)) < 0.03 * np.std(full)
@@ -277,6 +283,7 @@ def test_groups_divide_any_width():
         ({"combine": "cat"}, "combine='cat' is not one of sum, concatenation"),
         ({"time": "sine"}, "time='sine' is not one of"),
         ({"image": 0}, "image=0"),
+        ({"remat": "some"}, "remat='some' is not one of none, dots, full"),
         ({"attention": (7,)}, "attention at 7 never happens"),
         ({"multipliers": (1, 1, 1, 1, 1)}, "divisible by 16"),
         ({"channels": 7}, "must be even"),

@@ -1,8 +1,8 @@
 """ADM, the ablated diffusion model, and its classifier of noised images (Dhariwal & Nichol 2021, arXiv:2105.05233,
 section 3, with the learned variance of Nichol & Dhariwal 2021, arXiv:2102.09672).
 
-With e = silu(W2 silu(W1 features(t)) + label row), GN group normalization, R a resampling by 2 (mean of neighbours
-or repetition; nothing where the size stays), every 3x3 convolution written C, and (scale, shift) = W e:
+With e = silu(W2 silu(W1 features(t)) + label row + vector), GN group normalization, R a resampling by 2 (mean of
+neighbours or repetition; nothing where the size stays), every 3x3 convolution written C, and (scale, shift) = W e:
 
     block(h) = S R h + C2 dropout(silu((1 + scale) GN(C1 R silu(GN(h))) + shift))   S: 1x1 where the width changes  (1)
     attention(h) = h + W_o softmax(q k^T / sqrt(d)) v,   (q, k, v) = W GN(h)   over all pixels                      (2)
@@ -32,9 +32,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.nets import conditioning, layers, resample
-from diffusion_jax.nets.conditioning import Kinds
+from diffusion_jax.nets.conditioning import Given, Kinds
 from diffusion_jax.nets.functional import functional
 from diffusion_jax.nets.layers import Conv, GroupNorm, Linear, Options
+from diffusion_jax.nets.ncsnpp import check_choice
 from diffusion_jax.nets.unet import attention_levels, check_input, check_widths
 from diffusion_jax.typing import Array, Cond, InputError, Key, Net, Params
 
@@ -65,6 +66,7 @@ def adm(
     groups: int | None = None,
     dropout: float = 0.0,
     classes: int | None = None,
+    vector: int | None = None,
     image: int | None = None,
     out_channels: int | None = None,
     learned_variance: bool = True,
@@ -76,9 +78,10 @@ def adm(
     t: the network's own time, the number of the step in 0 .. 999 for the paper's models.
     multipliers: of `channels`, a level each; fractions are rounded down. attention: as in `unet`; the middle always
     attends. heads: how many, or None for as many as there are head_channels in the width.
-    cond: labels int32[b] in [0, classes], where `classes` means none and adds nothing to e, or a dict with "label" and,
-    if the network takes an image of `image` channels, "image": f32[b h' w' image], which is concatenated to x after
-    linear enlargement if it is smaller, as in the paper's upsamplers (section 4.4); see `conditioning`.
+    cond: labels int32[b] in [0, classes], where `classes` means none and adds nothing to e, or a dict of what the
+    network takes: "label", "vector" of `vector` numbers, "image": f32[b h' w' image], which is concatenated to x after
+    linear enlargement if it is smaller, as in the paper's upsamplers (section 4.4). What is left out, or the whole if
+    it is None, is absent; see `conditioning`.
     learned_variance doubles out_channels (c by default), and the caller splits the last axis in two.
     groups: of every normalization; by default min(32, channels / 4), the paper's 32 from 128 channels on.
     remat: what the backward pass keeps of each block with its attention; see `layers.remat`.
@@ -88,7 +91,7 @@ def adm(
     plan, options = _plan(
         shape, channels, multipliers, blocks, attention, heads, head_channels, groups, dropout, remat, dtype
     )
-    kinds = Kinds(classes=classes, image=image)
+    kinds = Kinds(classes=classes, vector=vector, image=image)
     conditioning.check_kinds(kinds)
     outputs = (out_channels or shape[-1]) * (2 if learned_variance else 1)
     return functional(lambda rngs: ADM(rngs, shape[-1], outputs, kinds, plan, options))
@@ -210,8 +213,11 @@ def _plan(
     dtype: layers.DType,
 ) -> tuple[Plan, Options]:  # fmt: skip
     """The plan and options of a network. Raises InputError if the arguments do not fit together."""
+    check_choice("remat", remat, layers.Remat)
+    if head_channels < 1 or (heads is not None and heads < 1):
+        raise InputError(f"heads={heads} and head_channels={head_channels} must be positive")
     widths = tuple(int(channels * m) for m in multipliers)
-    options = Options(groups or layers.default_groups(min(widths, default=channels)), heads or 1, dropout, dtype)
+    options = Options(groups or layers.default_groups(min(widths, default=channels)), 1, dropout, dtype)
     attends = attention_levels(shape, widths, attention)
     check_widths(channels, widths, blocks, options)
     for width in widths:
@@ -222,7 +228,9 @@ def _plan(
         if width % (heads or head_channels):
             unit = f"heads={heads}" if heads else f"head_channels={head_channels}"
             raise InputError(f"attention of width {width} is not divisible by {unit}")
-    return Plan(channels, widths, blocks, attends, None if heads else head_channels, remat), options
+    return Plan(channels, widths, blocks, attends, None if heads else head_channels, remat), options._replace(
+        heads=heads or 1
+    )
 
 
 def time_features(t: Array, n: int) -> Array:
@@ -376,6 +384,10 @@ class ADM(Trunk):
         self.label_emb = (
             None if kinds.classes is None else LabelEmbedding(rngs, kinds.classes, 4 * plan.channels, o.dtype)
         )
+        self.vector_embedding = (
+            None if kinds.vector is None
+            else conditioning.VectorEmbedding(rngs, kinds.vector, 4 * plan.channels, o.dtype)
+        )  # fmt: skip
         self.output_blocks, skips, n = nnx.List(), list(self.skips), plan.widths[-1]
         for i, width in reversed(list(enumerate(plan.widths))):
             for j in range(plan.blocks + 1):
@@ -394,15 +406,21 @@ class ADM(Trunk):
     def __call__(self, x: Array, t: Array, cond: Cond = None, *, key: Key | None = None) -> Array:
         check_input(x, t, self.n_in - (self.kinds.image or 0), len(self.plan.widths))
         given = conditioning.read(resample.with_enlarged_image(cond, x), self.kinds, x)
-        emb = self.time_embed(time_features(t, self.plan.channels))
-        if self.label_emb is not None:
-            emb = emb + self.label_emb(given.label, x.shape[0])
-        emb, noise = jax.nn.silu(emb), self.noise(key, x)
+        emb, noise = self.embed(t, given), self.noise(key, x)
         x = resample.beside(x, given.image, self.kinds.image) if self.kinds.image else x
         x, skips = self.down(x, emb, noise)
         for stage in self.output_blocks:
             x = self.run(stage, jnp.concatenate([x, skips.pop()], axis=-1), emb, noise)
         return self.out_conv(self.out_norm(x)).astype(jnp.float32)
+
+    def embed(self, t: Array, given: Given) -> Array:
+        """e of equation (1), `[b, 4 channels]`."""
+        e = self.time_embed(time_features(t, self.plan.channels))
+        if self.label_emb is not None:
+            e = e + self.label_emb(given.label, t.shape[0])
+        if self.vector_embedding is not None and given.vector is not None:
+            e = e + self.vector_embedding(given.vector, given.vector_mask)
+        return jax.nn.silu(e)
 
 
 class Classifier(Trunk):

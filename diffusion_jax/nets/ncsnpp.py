@@ -1,8 +1,8 @@
 """The networks NCSN++ and DDPM++ (Song et al. 2021, arXiv:2011.13456, section 4.1 and appendix H), one family of
 options, also as EDM trains them (Karras et al. 2022, arXiv:2206.00364, appendix C and table 7).
 
-With e = silu(W2 silu(W1 (features(t) + label row))), GN group normalization, R a resampling by 2 (nothing where the
-size stays), every 3x3 convolution written C and s = sqrt(1/2):
+With e = silu(W2 silu(W1 (features(t) + label row)) + vector), GN group normalization, R a resampling by 2 (nothing
+where the size stays), every 3x3 convolution written C and s = sqrt(1/2):
 
     block(h) = s (S R h + C2 dropout(silu(GN(C1 R silu(GN(h)) + W e))))     S: 1x1 where R or the width changes  (1)
     attention(h) = s (h + W_o softmax(q k^T / sqrt(d)) v),   (q, k, v) = W GN(h)  over all pixels                (2)
@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.nets import conditioning, layers, resample
-from diffusion_jax.nets.conditioning import Kinds
+from diffusion_jax.nets.conditioning import Given, Kinds
 from diffusion_jax.nets.functional import functional
 from diffusion_jax.nets.layers import Conv, GroupNorm, Linear, Options
 from diffusion_jax.nets.unet import attention_levels, check_input, check_widths
@@ -78,6 +78,7 @@ def ncsnpp(
     groups: int | None = None,
     dropout: float = 0.0,
     classes: int | None = None,
+    vector: int | None = None,
     image: int | None = None,
     out_channels: int | None = None,
     learned_variance: bool = False,
@@ -94,12 +95,12 @@ def ncsnpp(
 
     The arguments up to learned_variance are those of `unet`, but each normalization has by default min(32, n / 4)
     groups for its own n channels, or the next lower number that divides n; the others are in the module's equations.
-    cond: labels int32[b] in [0, classes], where `classes` means none, or a dict with "label" and, if the network takes
-    an image of `image` channels, "image": f32[b h' w' image], which is concatenated to x, after linear enlargement if
+    cond: labels int32[b] in [0, classes], where `classes` means none, or a dict of what the network takes: "label",
+    "vector" of `vector` numbers, "image": f32[b h' w' image], which is concatenated to x, after linear enlargement if
     it is smaller. What is left out, or the whole if it is None, is absent; see `conditioning`.
     t: the network's own time: the paper's log(sigma), where its output over sigma is the score; EDM's log(sigma) / 4.
     The random rates (3) are a parameter, `time_proj.weight`, so that they are kept with the others and can be carried
-    over; their gradient is zero, and weight decay has to leave them out.
+    over; their gradient is zero, and weight decay of matrices alone leaves them as they are.
     remat: what the backward pass keeps of each block; see `layers.remat`.
     The defaults, on (32, 32, 3), are the paper's for CIFAR-10. Raises InputError if the arguments do not fit together.
     Source: Song et al. 2021, appendix H, equations (1)-(7).
@@ -108,6 +109,7 @@ def ncsnpp(
     check_choice("progressive_input", progressive_input, Progressive)
     check_choice("progressive_output", progressive_output, Progressive)
     check_choice("combine", combine, Combine)
+    check_choice("remat", remat, layers.Remat)
     options = Options(groups or 0, heads, dropout, dtype)
     attends = attention_levels(shape, multipliers, attention)
     check_widths(channels, multipliers, blocks, options._replace(groups=groups or 1))
@@ -116,7 +118,7 @@ def ncsnpp(
         progressive_input, progressive_output, combine == "concatenation", remat,
     )  # fmt: skip
     outputs = (out_channels or shape[-1]) * (2 if learned_variance else 1)
-    kinds = Kinds(classes=classes, image=image)
+    kinds = Kinds(classes=classes, vector=vector, image=image)
     conditioning.check_kinds(kinds)
     return functional(lambda rngs: NCSNpp(rngs, shape[-1], outputs, channels, kinds, plan, options))
 
@@ -132,6 +134,7 @@ def ddpmpp(
     groups: int | None = None,
     dropout: float = 0.0,
     classes: int | None = None,
+    vector: int | None = None,
     image: int | None = None,
     out_channels: int | None = None,
     learned_variance: bool = False,
@@ -147,7 +150,7 @@ def ddpmpp(
     """
     return ncsnpp(
         shape, channels=channels, multipliers=multipliers, blocks=blocks, attention=attention, heads=heads,
-        groups=groups or layers.default_groups(channels), dropout=dropout, classes=classes,
+        groups=groups or layers.default_groups(channels), dropout=dropout, classes=classes, vector=vector,
         image=image, out_channels=out_channels, learned_variance=learned_variance,
         time="positional", fir=False, progressive_input="none", remat=remat, dtype=dtype,
     )  # fmt: skip
@@ -173,7 +176,7 @@ def song_cifar10(
     *, dropout: float = 0.1, classes: int | None = None, deep: bool = False, remat: layers.Remat = "none",
     dtype: layers.DType = jnp.float32,
 ) -> Net:  # fmt: skip
-    """The DDPM++ of Song et al. 2021 for CIFAR-10: 61.8M parameters; deep: 8 blocks a level instead of 4."""
+    """The DDPM++ of Song et al. 2021 for CIFAR-10: 61.8M parameters; deep: 8 blocks a level instead of 4, 106.6M."""
     return ddpmpp(
         (32, 32, 3), multipliers=(1, 2, 2, 2), blocks=8 if deep else 4, dropout=dropout, classes=classes,
         remat=remat, dtype=dtype,
@@ -184,14 +187,14 @@ def song_cifar10_ncsnpp(
     *, dropout: float = 0.1, classes: int | None = None, deep: bool = False, remat: layers.Remat = "none",
     dtype: layers.DType = jnp.float32,
 ) -> Net:  # fmt: skip
-    """The NCSN++ of Song et al. 2021 for CIFAR-10; deep: 8 blocks a level instead of 4."""
+    """The NCSN++ of Song et al. 2021 for CIFAR-10: 62.8M parameters; deep: 8 blocks a level instead of 4, 107.6M."""
     return ncsnpp((32, 32, 3), blocks=8 if deep else 4, dropout=dropout, classes=classes, remat=remat, dtype=dtype)
 
 
 def song_256(
     *, classes: int | None = None, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32
 ) -> Net:  # fmt: skip
-    """The NCSN++ of Song et al. 2021 for CelebA-HQ, FFHQ and LSUN at 256x256, with input and output skips."""
+    """The NCSN++ of Song et al. 2021 for CelebA-HQ, FFHQ and LSUN at 256 pixels, with skips: 65.6M parameters."""
     return ncsnpp(
         (256, 256, 3), multipliers=(1, 1, 2, 2, 2, 2, 2), blocks=2, classes=classes, progressive_input="skip",
         progressive_output="skip", remat=remat, dtype=dtype,
@@ -201,7 +204,7 @@ def song_256(
 def song_1024(
     *, classes: int | None = None, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32
 ) -> Net:  # fmt: skip
-    """The NCSN++ of Song et al. 2021 for CelebA-HQ and FFHQ at 1024x1024, with input and output skips."""
+    """The NCSN++ of Song et al. 2021 for CelebA-HQ and FFHQ at 1024 pixels, with skips: 105.8M parameters."""
     return ncsnpp(
         (1024, 1024, 3), channels=16, multipliers=(1, 2, 4, 8, 16, 32, 32, 32), blocks=1, classes=classes,
         progressive_input="skip", progressive_output="skip", remat=remat, dtype=dtype,
@@ -272,12 +275,14 @@ class Block(nnx.Module):
         return x * SKIP_SCALE if self.attention is None else self.attention(x * SKIP_SCALE)
 
     def shortcut(self, x: Array) -> Array:
-        """S R h, with the kernel of the 1x1 convolution, which commutes with R, at the smaller of the two sizes."""
+        """S R h, the 1x1 convolution, whose kernel commutes with R, at the smaller of the two sizes."""
         assert self.conv_shortcut is not None
-        if self.resample == "up":
-            h = resized(self.conv_shortcut(x, bias=False), "up", self.fir)
-            return h + self.conv_shortcut.bias[...].astype(h.dtype)[None, None, None, :]
-        return self.conv_shortcut(resized(x, self.resample, self.fir))
+        if self.resample != "up":
+            return self.conv_shortcut(resized(x, self.resample, self.fir))
+        if not self.fir:
+            return layers.upsample(self.conv_shortcut(x))
+        h = resample.fir_up(self.conv_shortcut(x, bias=False))  # the filter does not keep a constant at the border
+        return h + self.conv_shortcut.bias[...].astype(h.dtype)[None, None, None, :]
 
 
 def resized(x: Array, way: str, fir: bool) -> Array:
@@ -329,6 +334,9 @@ class NCSNpp(nnx.Module):
         self.time_embedding = layers.TimeEmbedding(rngs, n_features, n_emb, o.dtype)
         self.class_embedding = (
             None if classes is None else layers.LabelEmbedding(rngs, classes, n_features, jnp.float32)
+        )
+        self.vector_embedding = (
+            None if kinds.vector is None else conditioning.VectorEmbedding(rngs, kinds.vector, n_emb, o.dtype)
         )
         skips = self._make_encoder(rngs, n_p, n_emb, o)
         n = self._make_decoder(rngs, n_out, n_emb, skips, o)
@@ -382,7 +390,7 @@ class NCSNpp(nnx.Module):
     def __call__(self, x: Array, t: Array, cond: Cond = None, *, key: Key | None = None) -> Array:
         check_input(x, t, self.n_in, len(self.plan.widths))
         given = conditioning.read(resample.with_enlarged_image(cond, x), self.kinds, x)
-        emb = self.embed(t, given.label)
+        emb = self.embed(t, given)
         noise = iter(layers.dropout_noise(key, self.dropout, x.shape[0], self.block_shapes(x)))
         x = resample.beside(x, given.image, self.kinds.image) if self.kinds.image else x
         h, skips = self.encode(x, emb, noise)
@@ -436,9 +444,12 @@ class NCSNpp(nnx.Module):
             shapes.append((*pixels, block.conv2.bias.shape[0]))
         return shapes
 
-    def embed(self, t: Array, labels: Array | None) -> Array:
+    def embed(self, t: Array, given: Given) -> Array:
         """e of equation (1), `[b, 4 channels]`."""
         features = layers.time_features(t, self.channels) if self.time_proj is None else self.time_proj(t)
         if self.class_embedding is not None:
-            features = features + self.class_embedding(labels, t.shape[0])
-        return jax.nn.silu(self.time_embedding(features))
+            features = features + self.class_embedding(given.label, t.shape[0])
+        e = self.time_embedding(features)
+        if self.vector_embedding is not None and given.vector is not None:
+            e = e + self.vector_embedding(given.vector, given.vector_mask)
+        return jax.nn.silu(e)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from diffusion_jax.nets import count, ncsnpp, song_256
+from diffusion_jax.nets import count, ncsnpp, song_256, song_1024
 
 torch.set_num_threads(1)
 W = dict[str, Any]
@@ -274,9 +274,15 @@ def test_diffusers_equal():
     assert np.max(np.abs(np.asarray(ours) - reference)) < 1e-4 * max(1, np.max(np.abs(reference)))
 
 
-def test_count_of_256_is_that_of_diffusers():
-    attends = (False, False, False, False, True, False, False)
+@pytest.mark.parametrize(
+    ("preset", "size", "widths", "blocks", "attends"),
+    [
+        (song_256, 256, (128, 128, 256, 256, 256, 256, 256), 2, 4),
+        (song_1024, 1024, (16, 32, 64, 128, 256, 512, 512, 512), 1, 6),
+    ],
+)
+def test_counts_of_the_large_networks_are_those_of_diffusers(preset, size, widths, blocks, attends):
     with torch.device("meta"):
-        model = skip_model(256, (128, 128, 256, 256, 256, 256, 256), 2, attends)
+        model = skip_model(size, widths, blocks, tuple(i == attends for i in range(len(widths))))
     theirs = sum(p.numel() for p in model.parameters())
-    assert count(jax.eval_shape(song_256().init, jax.random.key(0))) == theirs
+    assert count(jax.eval_shape(preset().init, jax.random.key(0))) == theirs
