@@ -76,9 +76,10 @@ test-long: $(READY)
 test-parity: $(VENV)-parity/ready
 	$(VENV)-parity/bin/python -m pytest tests/parity $(ARGS)
 
-$(VENV)-parity/ready: $(LOCK) requirements/parity.txt pyproject.toml
+$(VENV)-parity/ready: $(LOCK) requirements/parity.txt requirements/parity-no-deps.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-parity
 	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOCK) -r requirements/parity.txt
+	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/parity-no-deps.txt
 	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

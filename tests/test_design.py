@@ -24,7 +24,7 @@ ROOMS = {  # room -> what it may import of this package beside itself; a room no
     "weights": LAYERS[0] | {"nets"},
     "systems": CORE | {"nets", "weights"},
     "training": CORE | {"experiment"},
-    "evaluation": CORE | {"nets"},
+    "evaluation": CORE | {"nets", "weights"},
     "planning": CORE | {"arguments", "experiment", "training"},
 }
 HEAVY = {"flax", "optax", "orbax"}
