@@ -177,6 +177,13 @@ def test_another_networks_file_is_told_by_its_differences(tiny, tmp_path):
         inception.inception_v3().load(path)
 
 
+def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
+    state = to_transformers(tiny[1])
+    state["visual_projection.weight"] = np.full_like(state["visual_projection.weight"], np.nan)
+    with pytest.raises(InputError, match=r"numbers of visual_projection\.kernel are not finite"):
+        tiny[0].load(files.save(tmp_path / "nan.safetensors", state))
+
+
 def test_what_is_no_file_of_weights(tiny, tmp_path):
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 and no more")
     np.savez(tmp_path / "pickled.npz", a=np.array([object()]))

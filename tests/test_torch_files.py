@@ -252,6 +252,14 @@ def test_what_is_no_file_of_weights(tmp_path):
     refused(path, archive({"a": {"b": Call(ORDERED, [("c", 1)])}}, {}), "holds no tensors")
 
 
+def test_a_name_cannot_write_to_the_terminal(tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(archive({"a": Symbol("os\x1b[2J", "x\ty")}, {}))
+    with pytest.raises(InputError) as error:
+        torch_files.load(path)
+    assert str(error.value).isprintable()
+
+
 def test_a_dict_that_holds_itself_ends(tmp_path):
     program = b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s."
     data = io.BytesIO()

@@ -95,12 +95,18 @@ def load(path: str | os.PathLike[str]) -> State:
             content, arrays = _read_stream(path)
         state = {name: _view(tensor, arrays) for name, tensor in _tensors(content, "", 0)}
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {_line(error)}") from None
     except DAMAGE as error:
-        raise InputError(f"{path} is damaged or no file of torch's: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path} is damaged or no file of torch's: {_line(error)}") from None
     if not state:
         raise InputError(f"{path} holds no tensors")
     return state
+
+
+def _line(error: Exception) -> str:
+    """One printable line: the file may have chosen the words."""
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(printable.split())[:300]
 
 
 def _read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:

@@ -54,4 +54,4 @@ def clip_features(name: str, tower: Net, size: int, protocol: Protocol, precisio
             return {"pooled": tower.apply(params, x, jnp.zeros(()))}
 
     load = net.loader(f"the picture tower of {name}", tower.init, from_transformers)
-    return net.FeatureNet(name, told[protocol], tower.init, prepare, apply, load)
+    return net.FeatureNet(net.named(name, precision), told[protocol], tower.init, prepare, apply, load)

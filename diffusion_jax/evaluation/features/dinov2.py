@@ -10,8 +10,8 @@ The places were learned on 37 x 37 patches; for 16 x 16 they are interpolated, b
     s = 37 / (16 + 0.1)      the published code, whose features FD-DINOv2 takes                                    (3)
     s = 37 / 16              transformers                                                                          (4)
 
-which is not the same. The protocol of FD-DINOv2 (Stein et al.
-2023, arXiv:2306.04675): 224 x 224 pixels, whatever the shape was, and ImageNet's mean and deviation;
+which is not the same. The protocol of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) is 224 x 224 pixels, whatever the
+shape was, and ImageNet's mean and deviation, after one of
 
     "pillow"  Pillow's bicubic, rounded to bytes                 their code, dgm-eval
     "torch"   bicubic with antialias, not rounded, not clipped   EDM2 (Karras et al. 2024, arXiv:2312.02696)
@@ -65,7 +65,7 @@ def dinov2_features(name: str, graph: Net, size: int, how: Resize, precision: st
             return {"pooled": graph.apply(params, net.normalised(x, MEAN, DEVIATION), jnp.zeros(()))}
 
     load = net.loader(name, graph.init, from_published)
-    return net.FeatureNet(name, told, graph.init, prepare, apply, load)
+    return net.FeatureNet(net.named(name, precision), told, graph.init, prepare, apply, load)
 
 
 def dinov2_net(

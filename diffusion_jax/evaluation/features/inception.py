@@ -61,7 +61,8 @@ def inception_v3(numerics: Numerics = "tensorflow", *, precision: str = "highest
 
     how = {"tensorflow": "299 bilinear_tf1", "pytorch_fid": "299 bilinear"}[numerics]
     load = net.loader("FID's InceptionV3", graph.init, from_torch)
-    return net.FeatureNet(f"inception_v3 {numerics}", how, graph.init, net.pictures, apply, load, PUBLISHED)
+    name = net.named(f"inception_v3 {numerics}", precision)
+    return net.FeatureNet(name, how, graph.init, net.pictures, apply, load, PUBLISHED)
 
 
 def preprocess(images: Array, numerics: Numerics) -> Array:

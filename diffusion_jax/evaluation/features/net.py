@@ -19,7 +19,7 @@ import numpy as np
 
 from diffusion_jax.evaluation.results import sha256
 from diffusion_jax.typing import Array, InputError, Key, Params
-from diffusion_jax.weights import files, torch_files
+from diffusion_jax.weights import files, torch_files, trees
 
 Features = dict[str, Array]
 """Each f32[b, d]. "pooled" is what distances are measured in; the networks say what else they give."""
@@ -91,6 +91,15 @@ def _what_they_are(images: np.ndarray) -> str:
     return f"values from {images.min():.4g} to {images.max():.4g}; `to_pictures` rounds pixels in [-1, 1]"
 
 
+def named(network: str, precision: str) -> str:
+    """A network's name, with its precision where that is not the references' float32.
+
+    >>> named("clip", "highest"), named("clip", "tensorfloat32")
+    ('clip', 'clip tensorfloat32')
+    """
+    return network if precision == "highest" else f"{network} {precision}"
+
+
 def check_traced(images: Array) -> None:
     """ValueError, when a program is traced, for arrays that `pictures` would refuse."""
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
@@ -127,11 +136,15 @@ def loader(
         like = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
         state, digest = read_state(path)
         try:
-            return Loaded(table(state, like), digest)
+            params = table(state, like)
         except ValueError as error:
             differences = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
             more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
             raise InputError(f"{path} does not hold {what}: {'; '.join(differences[:6])}{more}") from None
+        ill = [".".join(name) for name, value in trees.leaves(params) if not np.isfinite(value).all()]
+        if ill:
+            raise InputError(f"{path}: numbers of {', '.join(ill[:4])}{' …' if len(ill) > 4 else ''} are not finite")
+        return Loaded(params, digest)
 
     return load
 

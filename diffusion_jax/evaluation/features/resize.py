@@ -20,6 +20,7 @@ where a protocol means Pillow, Pillow does it, on the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
 import jax
@@ -70,9 +71,14 @@ def pillow(images: np.ndarray, size: tuple[int, int], method: PillowMethod = "bi
     if images.shape[1:3] == size:
         return images
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    shape = (size[1], size[0])
-    resized = [np.asarray(Image.fromarray(image).resize(shape, filters[method])) for image in images]
-    return np.stack(resized) if resized else np.zeros((0, *size, images.shape[3]), np.uint8)
+    if len(images) == 0:
+        return np.zeros((0, *size, images.shape[3]), np.uint8)
+
+    def one(image: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), filters[method]))
+
+    with ThreadPoolExecutor() as threads:  # Pillow lets go of Python's lock while it resizes
+        return np.stack(list(threads.map(one, images)))
 
 
 def pillow_short_side(images: np.ndarray, size: int, method: PillowMethod = "bicubic") -> np.ndarray:
