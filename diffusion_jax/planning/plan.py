@@ -71,6 +71,7 @@ def make_plan(
     model = train_flops(experiment, loss_fn(experiment), batch_shapes(experiment)) / mesh.size
     result: dict[str, Any] = {
         "topology": topology.name,
+        "compiler": topology.devices[0].platform,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "chip": topology.chip._asdict() if topology.chip else None,
@@ -135,8 +136,7 @@ def _bytes(leaf: Any, where: Any) -> int:
 
 def _compiled(lowered: Any, topology: Topology, cache: Path | None) -> dict[str, Any]:
     """What the compiler says of a program: {"text", "memory", "cost", "seconds"}, or {"error"} if it does not fit."""
-    key = hashlib.sha256("\n".join([lowered.as_text(), topology.name, str(topology.grid), *_versions()]).encode())
-    path = cache / f"{key.hexdigest()}.json.gz" if cache else None
+    path = cache_path(lowered, topology, cache) if cache else None
     if path is not None and path.is_file():
         return json.loads(gzip.decompress(path.read_bytes()))
     found = _compile(lowered)
@@ -146,6 +146,12 @@ def _compiled(lowered: Any, topology: Topology, cache: Path | None) -> dict[str,
         part.write_bytes(gzip.compress(json.dumps(found).encode(), 6))
         part.replace(path)
     return found
+
+
+def cache_path(lowered: Any, topology: Topology, cache: Path) -> Path:
+    """The file in which the compilation of a program for a topology is remembered."""
+    key = hashlib.sha256("\n".join([lowered.as_text(), topology.name, str(topology.grid), *_versions()]).encode())
+    return cache / f"{key.hexdigest()}.json.gz"
 
 
 def _compile(lowered: Any) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def profile(
     module = re.match(r"HloModule ([\w.\-]+)", text)
     times = op_times(read_trace(path), module[1] if module else "", outer)
     model = train_flops(experiment, loss_fn(experiment), batch_shapes(experiment)) / mesh.size
-    known = peak_flops(mesh.devices.flat[0].device_kind, peak) or (chip.flops if chip else None)
+    known = peak_flops(_kind(mesh), peak) or (chip.flops if chip else None)
     n = steps * experiment.dispatch
     head = _head(experiment, mesh, model, plain / n, watched / n, host / n, times, steps, known)
     return "\n\n".join(
@@ -121,14 +121,18 @@ def _head(
 ) -> str:  # fmt: skip
     idle = max(0.0, times.span - times.busy) / max(times.span, 1e-12)
     lines = [
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {experiment.batch}: {duration(step)} a step "
-        f"({duration(watched)} while watched, {runs * experiment.dispatch} steps), {experiment.batch / step:,.0f} examples/s",
+        f"{mesh.size} x {_kind(mesh)}, batch {experiment.batch}, {runs * experiment.dispatch} steps: "
+        f"{duration(step)} a step ({duration(watched)} while watched), {experiment.batch / step:,.0f} examples/s",
         f"the host makes and sends a batch in {duration(host)}; the device waits {100 * idle:.1f} % of the time",
         f"model FLOPs of a step {model / 1e9:,.4g} G per device, {model / step / 1e9:,.4g} GFLOP/s",
     ]
     if peak is not None:
         lines[-1] += f", utilisation (MFU) {100 * model / step / peak:.1f} % of {peak / 1e12:.4g} TFLOP/s"
     return "\n".join(lines)
+
+
+def _kind(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].device_kind
 
 
 def _by_kind(program: Program, every: Mapping[str, tuple[str, Op]], times: Times, steps: int, chip: Chip | None) -> str:

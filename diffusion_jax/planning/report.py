@@ -105,6 +105,8 @@ def _head(r: Mapping[str, Any]) -> str:
             f"{chip['name']}: {chip['flops'] / 1e12:.4g} TFLOP/s bfloat16, {size(chip['memory'])} at "
             f"{chip['bandwidth'] / 1e9:.4g} GB/s, {chip['link'] / 1e9:.4g} GB/s a link ({chip['source']})"
         )
+        if r["compiler"] == "cpu":
+            lines.append("compiled for this processor: its memory and its fusions are not those of that chip")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def find_chip(kind: str) -> Chip | None:
     for name, chip in CHIPS.items():
         if kind == name.lower():
             return chip
-    near = [key for key in _KINDS if kind == key or (not key.startswith("tpu") and key in kind)]
+    near = [key for key in _KINDS if kind == key or (key[0] in "ah" and re.search(rf"\b{key}\b", kind))]
     return CHIPS[_KINDS[near[0]]] if near else None
 
 
