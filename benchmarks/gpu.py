@@ -207,10 +207,13 @@ def ddpm_train() -> None:
 
 
 def dit_train(work: str, model: str, batch: int, **widths) -> None:
-    experiment, them = find("imagenet256_dit_xl2", model="S" if toy() else model, batch=2 if toy() else batch), peers()
+    experiment, them = (
+        find("imagenet256_dit_xl2", **({"batch": 2} | SMALL if toy() else {"model": model, "batch": batch})),
+        peers(),
+    )
     step = None
     if them is not None:
-        net = them.DiT(**({"width": 384, "depth": 12, "heads": 6} if toy() else widths))
+        net = them.DiT(**(SMALL if toy() else widths))
         assert them.size(net) == parameters(experiment), "not the same network"
         step = them.train_step(net, them.noise_loss(experiment.batch, (4, 32, 32), 1000), 1e-4)
     throughput(work, experiment, our_step(experiment), step, *ROUNDS[toy()], **dtype())
@@ -229,13 +232,13 @@ def dit_call() -> None:
     import jax
     import jax.numpy as jnp
 
-    experiment, them = find("imagenet256_dit_xl2", model="S" if toy() else "XL"), peers()
+    experiment, them = find("imagenet256_dit_xl2", **(SMALL if toy() else {})), peers()
     params, apply = jax.jit(experiment.net.init)(jax.random.key(0)), jax.jit(experiment.net.apply)
     net = None
     if them is not None:
         import torch
 
-        net = them.DiT(**({"width": 384, "depth": 12, "heads": 6} if toy() else {})).eval()
+        net = them.DiT(**(SMALL if toy() else {})).eval()
         net = them.prepared(net)
     for images in (1,) if toy() else (64, 4):
         x, t, y = jnp.zeros((2 * images, 32, 32, 4)), jnp.ones((2 * images,)), jnp.zeros((2 * images,), jnp.int32)
@@ -331,7 +334,7 @@ def memory_edm() -> None:
 def memory_dit() -> None:
     memory(
         "DiT-XL/2 train",
-        find("imagenet256_dit_xl2", **({"model": "S", "batch": 2} if toy() else {"batch": 256, "remat": "dots"})),
+        find("imagenet256_dit_xl2", **({"batch": 2} | SMALL if toy() else {"batch": 256, "remat": "dots"})),
     )
 
 
@@ -349,6 +352,8 @@ def memory_edm2() -> None:
     )
 
 
+SMALL = {"width": 64, "depth": 2, "heads": 2}
+"""A transformer at toy size."""
 ROUNDS = {False: (5, 10), True: (1, 1)}
 PIECES = (
     edm_train, edm_sample, ddpm_train, dit_xl2_train, dit_b2_train, dit_call, first_step, loop, drawing, memory_edm,
