@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from diffusion_jax.nets.dit import TENSOR_PARALLEL, dit
 from diffusion_jax.training import optimizers
-from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
+from diffusion_jax.training.mesh import make_mesh, on_mesh, replicated, split_axis, state_shardings
 from diffusion_jax.training.state import dotted, init_state
 from diffusion_jax.typing import InputError
 
@@ -213,3 +213,15 @@ def test_batches_are_split_along_data_and_scalars_are_everywhere():
     assert replicated(mesh(2, 4)).spec == P()
     one = jax.device_put(np.arange(4.0), split_axis(make_mesh(1)))
     np.testing.assert_array_equal(one, np.arange(4.0))
+
+
+def test_a_program_is_traced_with_its_mesh_in_force():
+    mesh, seen = make_mesh(1), []
+
+    def program(x):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return x
+
+    jax.jit(on_mesh(program, mesh))(1.0)
+    assert seen == [mesh.abstract_mesh]
+    assert jax.sharding.get_abstract_mesh().empty

@@ -325,3 +325,21 @@ def test_inputs_that_do_not_fit(make):
 def test_importing_the_package_does_not_import_flax():
     code = "import sys, diffusion_jax; assert 'flax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dots_keeps_products_with_weights_but_not_the_scores_of_attention():
+    n, d = 12, 8
+
+    def block(x, w):
+        q = jnp.reshape(jnp.matmul(x, w), (2, n, 1, d))
+        return jnp.reshape(layers.attention(q, q, q, implementation="xla"), (2, n, d))
+
+    def kept(policy):
+        x, w = jnp.zeros((2, n, d)), jnp.zeros((d, d))
+        pull = jax.eval_shape(lambda x, w: jax.vjp(layers.remat(policy, block), x, w)[1], x, w)
+        return [leaf.shape for leaf in jax.tree.leaves(pull)]
+
+    assert any(shape[-2:] == (n, n) for shape in kept("none"))
+    assert not any(shape[-2:] == (n, n) for shape in kept("dots"))
+    assert (2, n, d) in kept("dots")
+    assert len(kept("dots")) > len(kept("full"))

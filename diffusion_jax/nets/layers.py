@@ -310,7 +310,15 @@ def remat(policy: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
         return block
     if policy == "full":
         return jax.checkpoint(block)
-    return jax.checkpoint(block, policy=lambda op, *_, **__: op.name in ("dot_general", "conv_general_dilated"))
+    return jax.checkpoint(block, policy=_is_dot)
+
+
+def _is_dot(op: Any, *_: Any, **params: Any) -> bool:
+    """Products with weights and convolutions. Products of two activations, the scores of attention, are not kept."""
+    if op.name == "dot_general":
+        batched, _ = params["dimension_numbers"][1]
+        return not batched
+    return op.name == "conv_general_dilated"
 
 
 def default_groups(channels: int) -> int:

@@ -18,7 +18,7 @@ from diffusion_jax.ops import fold
 from diffusion_jax.samplers import sample
 from diffusion_jax.training import hosts
 from diffusion_jax.training.data import to_uint8
-from diffusion_jax.training.mesh import replicated, split_axis
+from diffusion_jax.training.mesh import on_mesh, replicated, split_axis
 from diffusion_jax.typing import Array, InputError, Params, Sampler
 
 Draw = Callable[[Params, Array, Array | None], Array]
@@ -85,7 +85,7 @@ def at_a_time(experiment: Experiment, platform: str | None = None) -> int:
 def picture_program(draw: Draw, mesh: Mesh, decode: Callable[[Array], Array] = to_uint8) -> Any:
     """The jitted program (params, keys, labels) -> what is kept of the pictures, on the devices that drew them."""
     return jax.jit(
-        lambda params, keys, labels: decode(draw(params, keys, labels)),
+        on_mesh(lambda params, keys, labels: decode(draw(params, keys, labels)), mesh),
         out_shardings=replicated(mesh) if hosts.several() else split_axis(mesh),
     )
 

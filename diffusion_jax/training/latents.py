@@ -38,7 +38,7 @@ from diffusion_jax.ops import bcast, fold, is_batched, normal_like
 from diffusion_jax.training import hosts
 from diffusion_jax.training.data import Data, Prepare, Source, read_ahead, size, take, to_uint8
 from diffusion_jax.training.data import prepare as to_x
-from diffusion_jax.training.mesh import replicated, split_axis
+from diffusion_jax.training.mesh import on_mesh, replicated, split_axis
 from diffusion_jax.training.records import write_whole
 from diffusion_jax.typing import Array, InputError, Key, Params
 
@@ -329,7 +329,7 @@ def _encoded(
         return jnp.stack(pairs, axis=1).astype(jnp.float16)
 
     rows = split_axis(mesh)
-    program = jax.jit(moments, in_shardings=(replicated(mesh), rows), out_shardings=rows)
+    program = jax.jit(on_mesh(moments, mesh), in_shardings=(replicated(mesh), rows), out_shardings=rows)
     params = jax.device_put(encoding.params, replicated(mesh))
     waiting = None
     for batch in batches:

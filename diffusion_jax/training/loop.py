@@ -31,7 +31,7 @@ from diffusion_jax.experiment import Experiment, initial_state, loss_fn
 from diffusion_jax.training import checkpoint, hosts, media, records
 from diffusion_jax.training.data import Data, Feed, feed, size, take
 from diffusion_jax.training.generate import Pictures, at_a_time, classes_of, example_keys, make_draw, make_pictures
-from diffusion_jax.training.mesh import make_mesh, replicated, split_axis, state_shardings
+from diffusion_jax.training.mesh import make_mesh, on_mesh, replicated, split_axis, state_shardings
 from diffusion_jax.training.records import Meter
 from diffusion_jax.training.roofline import image_share
 from diffusion_jax.training.snapshots import keep_until, save_snapshots
@@ -214,7 +214,7 @@ def dispatch_program(experiment: Experiment, mesh: Mesh, shardings: Any) -> Any:
     step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate)
     whole = replicated(mesh)
     return jax.jit(
-        make_dispatch(step),
+        on_mesh(make_dispatch(step), mesh),
         donate_argnums=0,
         in_shardings=(shardings, whole, split_axis(mesh, 1), whole),
         out_shardings=(shardings, whole),
@@ -230,7 +230,8 @@ def _make_judge(experiment: Experiment, data: Data, mesh: Mesh) -> Callable[[Par
     own, where = hosts.rows_of(mesh, batch), split_axis(mesh)
     batches = [hosts.place(take(source, rows[own]), where, batch) for rows in chosen]
     loss = loss_fn(experiment, train=False)
-    program = jax.jit(lambda params, b, i: loss(params, b, jax.random.key(i)), out_shardings=replicated(mesh))
+    judged = on_mesh(lambda params, b, i: loss(params, b, jax.random.key(i)), mesh)
+    program = jax.jit(judged, out_shardings=replicated(mesh))
 
     def judge(params: Params) -> float:
         return float(np.mean([program(params, b, np.int32(i)) for i, b in enumerate(batches)]))
@@ -309,7 +310,8 @@ def _animate(run: _Run, state: TrainState) -> None:
     if n == 0:
         return
     film = media.film_program(make_draw(run.experiment, trajectory=True), run.experiment.decode)
-    program = jax.jit(lambda p, rows: film(p, example_keys(0, 0, n), rows), out_shardings=replicated(run.mesh))
+    drawn = on_mesh(lambda params, rows: film(params, example_keys(0, 0, n), rows), run.mesh)
+    program = jax.jit(drawn, out_shardings=replicated(run.mesh))
     frames = np.asarray(program(state.ema, labels))
     if hosts.first():
         media.save_film(run.folder / "denoising.gif", frames, columns, how)

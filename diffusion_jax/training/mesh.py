@@ -16,8 +16,9 @@ with gradient accumulation until the last part: so each is sent once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from diffusion_jax.training.state import dotted
 from diffusion_jax.typing import InputError
 
+T = TypeVar("T")
 SMALLEST_SPLIT = 1024
 """Arrays with fewer elements stay whole over "data": splitting them costs more than it saves."""
 Partition = Mapping[str, int]
@@ -49,6 +51,17 @@ def make_mesh(devices: int | Sequence[Any] | None = None, tensor: int = 1, batch
             f"a batch of {batch} cannot be split evenly over {n // tensor} devices: change batch or devices"
         )
     return Mesh(_grid(chosen, (n // tensor, tensor)), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def on_mesh(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """The function, traced with the mesh in force: kernels that the compiler cannot split ask it how to (`attention`)."""
+
+    @wraps(function)
+    def traced(*args: Any) -> T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
