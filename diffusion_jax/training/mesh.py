@@ -54,7 +54,7 @@ def make_mesh(devices: int | Sequence[Any] | None = None, tensor: int = 1, batch
 
 
 def on_mesh(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
-    """The function, traced with the mesh in force: kernels that the compiler cannot split ask it how to (`attention`)."""
+    """The function, traced with the mesh in force: kernels that the compiler cannot split ask it how (`attention`)."""
 
     @wraps(function)
     def traced(*args: Any) -> T:
