@@ -22,7 +22,7 @@ from diffusion_jax.training.data import Data, Prepare, prepare, to_uint8
 from diffusion_jax.training.ema import Decays, PowerFunction, several
 from diffusion_jax.training.state import TrainState, init_state
 from diffusion_jax.training.step import LossFn, Objective, make_loss_fn
-from diffusion_jax.typing import Array, Cond, Denoiser, InputError, Net, Sampler, Schedule
+from diffusion_jax.typing import Array, Cond, Denoiser, FlowMap, InputError, Net, Params, Sampler, Schedule
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Experiment:
     on dotted parameter paths -> axis to split, as the network's module gives it.
     batch examples a step for `steps` steps; `dispatch` steps go to the device at once; every `checkpoint_every` steps a
     checkpoint, of which the newest `keep` and the best are kept, and every `sample_every` steps a grid of samples.
+    start: gives the parameters to begin with, of the network's names and shapes, in place of its own initial ones; a
+    run that begins calls it once. staged: the objective changes as the run goes on; it takes `step` as a keyword, the
+    number of updates made, which is absent where it judges. flow_map: turns the denoiser of a model of two times into
+    its flow map; samples then are jumps of that along `times`, unless another sampler is asked for.
     evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> the decoded examples.
     """
 
@@ -78,6 +82,9 @@ class Experiment:
     keep: int = 2
     snapshot_every: int = 0
     partition: Mapping[str, int] = field(default_factory=dict)
+    start: Callable[[], Params] | None = None
+    staged: bool = False
+    flow_map: Callable[[Denoiser], FlowMap] | None = None
     evaluate: Callable[[Callable[[np.ndarray, int], np.ndarray]], Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
@@ -95,10 +102,10 @@ class Experiment:
             raise InputError(f"drop={self.drop}: a probability is between 0 and 1")
 
 
-def initial_state(experiment: Experiment) -> TrainState:
-    """The state of a run before its first update, a function of the experiment's seed."""
+def initial_state(experiment: Experiment, params: Params | None = None) -> TrainState:
+    """The state of a run before its first update, a function of the experiment's seed, or of `params` if given."""
     averages = len(several(experiment.ema))
-    return init_state(jax.random.key(experiment.seed), experiment.net, experiment.optimizer, averages)
+    return init_state(jax.random.key(experiment.seed), experiment.net, experiment.optimizer, averages, params)
 
 
 def loss_fn(experiment: Experiment, train: bool = True) -> LossFn:

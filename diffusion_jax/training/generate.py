@@ -15,7 +15,7 @@ from diffusion_jax.experiment import Experiment
 from diffusion_jax.forward import prior
 from diffusion_jax.guidance import classifier_free, static_threshold
 from diffusion_jax.ops import fold
-from diffusion_jax.samplers import sample
+from diffusion_jax.samplers import jump, sample
 from diffusion_jax.training import hosts
 from diffusion_jax.training.data import to_uint8
 from diffusion_jax.training.mesh import on_mesh, replicated, split_axis
@@ -44,8 +44,8 @@ def make_draw(
 
     Picture i is a function of key i and label i alone; without labels, of the unconditional model. What is conditioned
     on more than labels takes a whole condition in their place, of the structure of `null`, or None for nothing. What is
-    not given is the experiment's. With `trajectory`, f32[steps + 1, b *d]. InputError for steps that its grid cannot
-    have.
+    not given is the experiment's: of one with a flow map, jumps of that, without guidance. With `trajectory`,
+    f32[steps + 1, b *d]. InputError for steps that its grid cannot have, and for guidance of jumps.
     """
     n = experiment.sample_steps if steps is None else steps
     try:
@@ -53,10 +53,12 @@ def make_draw(
     except ValueError as error:
         raise InputError(f"{n} sampling steps are not possible here: {error}") from None
     scale = experiment.guidance if guidance is None else guidance
-    chosen = experiment.sampler if sampler is None else sampler
+    flow_map = experiment.flow_map if sampler is None else None
+    if flow_map is not None and scale != 1:
+        raise InputError(f"guidance={scale}: jumps of a model of two times are not guided; give a sampler=")
 
     def draw(params: Params, keys: Array, labels: Array | None) -> Array:
-        denoiser = experiment.read(partial(experiment.net.apply, params))
+        denoiser = conditional = experiment.read(partial(experiment.net.apply, params))
         classes = classes_of(experiment)
         if labels is None or experiment.null is None:
             cond = None if classes is None else jnp.full(keys.shape, classes, jnp.int32)
@@ -65,6 +67,7 @@ def make_draw(
             denoiser = classifier_free(denoiser, experiment.null, scale)
         if experiment.clip:
             denoiser = static_threshold(denoiser, experiment.schedule)
+        chosen = (sampler or experiment.sampler) if flow_map is None else jump(flow_map(conditional), cond)
         x = prior(fold(keys, 0), experiment.schedule, (keys.shape[0], *experiment.shape), times[0])
         return sample(fold(keys, 1), chosen, denoiser, x, times, cond, trajectory=trajectory)
 

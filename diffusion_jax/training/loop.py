@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,16 +142,12 @@ def _run_through(run: _Run, split: bool) -> dict[str, float]:
 
 def _start(run: _Run, split: bool) -> tuple[TrainState, Any]:
     experiment = run.experiment
-
-    def init() -> TrainState:
-        return initial_state(experiment)
-
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(partial(initial_state, experiment))
     shardings = state_shardings(run.mesh, shapes, split, experiment.partition)
     like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     restored = checkpoint.restore(run.manager, like, _say)
     if restored is None:
-        return jax.jit(init, out_shardings=shardings)(), shardings
+        return _begin(run, shardings), shardings
     state, meta = restored
     run.feed.set_state(meta["position"])
     changed = records.changed_arguments(run.folder / "experiment.json", run.record)
@@ -159,6 +156,15 @@ def _start(run: _Run, split: bool) -> tuple[TrainState, Any]:
         + (f", with other arguments than before ({', '.join(changed)})" if changed else "")
     )
     return state, shardings
+
+
+def _begin(run: _Run, shardings: Any) -> TrainState:
+    """The state of a new run; where its parameters are given, from them."""
+    experiment = run.experiment
+    if experiment.start is None:
+        return jax.jit(partial(initial_state, experiment), out_shardings=shardings)()
+    params = hosts.place(experiment.start(), replicated(run.mesh))
+    return jax.jit(partial(initial_state, experiment), out_shardings=shardings)(params)
 
 
 def _train(run: _Run, state: TrainState, shardings: Any) -> TrainState:
@@ -211,7 +217,9 @@ def _compiled_dispatch(run: _Run, shardings: Any) -> Any:
 
 def dispatch_program(experiment: Experiment, mesh: Mesh, shardings: Any) -> Any:
     """The jitted program of a run, `make_dispatch` of its step: the state is donated, metrics are on every device."""
-    step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate)
+    step = make_train_step(
+        loss_fn(experiment), experiment.optimizer, experiment.ema, experiment.accumulate, staged=experiment.staged
+    )
     whole = replicated(mesh)
     return jax.jit(
         on_mesh(make_dispatch(step), mesh),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax.training.ema import evaluation_params
-from diffusion_jax.typing import Array, Key, Net, Params
+from diffusion_jax.typing import Array, InputError, Key, Net, Params
 
 
 class TrainState(NamedTuple):
@@ -31,12 +31,17 @@ class TrainState(NamedTuple):
         return self.averages[0] if self.averages else evaluation_params(self.opt_state, self.params)
 
 
-def init_state(key: Key, net: Net, optimizer: optax.GradientTransformation, averages: int = 1) -> TrainState:
-    """The state before the first update. Parameters come from fold_in(key, 0), the run's draws from fold_in(key, 1)."""
-    params = net.init(jax.random.fold_in(key, 0))
+def init_state(
+    key: Key, net: Net, optimizer: optax.GradientTransformation, averages: int = 1, params: Params | None = None
+) -> TrainState:
+    """The state before the first update. Parameters come from fold_in(key, 0), the run's draws from fold_in(key, 1).
+
+    `params` are copied instead, if given; InputError unless names, shapes and types are the network's.
+    """
+    first: Params = net.init(jax.random.fold_in(key, 0)) if params is None else _copied(net, params)
     # Each average is a copy of its own: a donated buffer may not appear twice.
-    copies = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
-    return TrainState(jnp.zeros((), jnp.int32), params, copies, optimizer.init(params), jax.random.fold_in(key, 1))
+    copies = tuple(jax.tree.map(jnp.copy, first) for _ in range(averages))
+    return TrainState(jnp.zeros((), jnp.int32), first, copies, optimizer.init(first), jax.random.fold_in(key, 1))
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -66,6 +71,17 @@ def digest(tree: Any) -> Array:
     integer sums do not depend on their order, so that the sharding of the arrays does not matter.
     """
     return jnp.stack([_leaf_digest(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _copied(net: Net, params: Params) -> Params:
+    """InputError that names a parameter which the network does not have as it is given."""
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    mine, given = ({dotted(p): (v.shape, v.dtype) for p, v in jax.tree.leaves_with_path(t)} for t in (shapes, params))
+    for name in sorted(mine.keys() | given.keys()):
+        if mine.get(name) != given.get(name):
+            kinds = [f"{kind[1]}{list(kind[0])}" if kind else "none" for kind in (mine.get(name), given.get(name))]
+            raise InputError(f"the parameter {name} is {kinds[0]} in the network, and {kinds[1]} is given")
+    return jax.tree.map(jnp.copy, params)
 
 
 def _leaf_digest(leaf: Array) -> Array:

@@ -23,31 +23,38 @@ from diffusion_jax.training.state import TrainState
 from diffusion_jax.typing import Array, Cond, Denoiser, Key, Net, Params, Schedule
 
 Batch = Mapping[str, Array]
-LossFn = Callable[[Params, Batch, Key], Array]
-"""(params, batch, key) -> f32[], the mean loss of a batch."""
-Objective = Callable[[Key, Denoiser, Array, Cond], Array]
-"""(key, denoiser, x0: f32[b *d], cond) -> f32[b], the loss of each example."""
+LossFn = Callable[..., Array]
+"""(params, batch, key) -> f32[], the mean loss of a batch; a staged one also takes `step`."""
+Objective = Callable[..., Array]
+"""(key, denoiser, x0: f32[b *d], cond) -> f32[b], the loss of each example; a staged one also takes `step`."""
 Loss = Callable[[Denoiser, Schedule, Array, Array, Array, Cond], Array]
 """(denoiser, schedule, x0, t, eps, cond) -> f32[b]."""
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, decays: Decays, accumulate: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    decays: Decays,
+    accumulate: int = 1,
+    *,
+    staged: bool = False,
 ) -> TrainStep:
     """One update: gradients, optimizer, moving averages. Metrics: loss and grad_norm, f32[].
 
     The step draws from fold_in(state.key, state.step). With `accumulate` > 1 the batch is cut into that many parts
     whose gradients are averaged, for a batch that does not fit in memory; ValueError if it does not divide. Under
-    `jit` with `mesh.state_shardings` gradients and their sums lie as the parameters do.
+    `jit` with `mesh.state_shardings` gradients and their sums lie as the parameters do. A `staged` loss changes as the
+    run goes on: it is called with the keyword step, i32[], the number of updates made before this one.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
+        of_step = partial(loss_fn, step=state.step) if staged else loss_fn
         if accumulate == 1:
-            loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
+            loss, grads = jax.value_and_grad(of_step)(state.params, batch, key)
         else:
-            loss, grads = _accumulated(loss_fn, state.params, batch, key, accumulate)
+            loss, grads = _accumulated(of_step, state.params, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         pairs = zip(state.averages, several(decays), strict=True)
@@ -88,17 +95,18 @@ def make_loss_fn(
     mirrored at random. The condition is the batch's "cond", any tree of arrays that lead with [b], if it has one;
     otherwise its "label" if `null` is given. With `null`, whose leaves broadcast to those of the condition, the whole
     condition of an example is replaced by it with probability `drop`, which trains the unconditional model for
-    guidance. `train=False` turns off dropout, flips and dropping. ValueError for a `null` of another structure.
+    guidance. `train=False` turns off dropout, flips and dropping. A step is handed on to a staged objective.
+    ValueError for a `null` of another structure.
     """
 
-    def loss_fn(params: Params, batch: Batch, key: Key) -> Array:
+    def loss_fn(params: Params, batch: Batch, key: Key, **step: Array) -> Array:
         k_flip, k_drop, k_net, k_loss = (fold(key, i) for i in range(4))
         x0 = prepare(batch["image"], k_flip, flip and train)
         cond = batch.get("cond") if null is None else batch["cond" if "cond" in batch else "label"]
         if null is not None and drop and train:
             cond = _dropped(k_drop, cond, null, drop)
         denoiser = read(partial(net.apply, params, key=k_net if train else None))
-        return jnp.mean(objective(k_loss, denoiser, x0, cond))
+        return jnp.mean(objective(k_loss, denoiser, x0, cond, **step))
 
     return loss_fn
 
