@@ -22,8 +22,23 @@ from diffusion_jax.nets import unet
 from diffusion_jax.training import ema
 from diffusion_jax.training.sources import tfds_images
 from diffusion_jax.training.step import make_objective
+from diffusion_jax.typing import Net
 
 SHAPE, CLASSES = (28, 28, 1), 10
+
+
+def network(*, width: int, dropout: float, precision: str, vector: int | None = None) -> Net:
+    """The network, which a student of two times also gives a vector."""
+    return unet(
+        SHAPE,
+        channels=width,
+        multipliers=(1, 2, 2),
+        attention=(7,),
+        dropout=dropout,
+        classes=CLASSES,
+        vector=vector,
+        dtype=jnp.dtype(precision),
+    )
 
 
 def experiment(
@@ -66,15 +81,7 @@ def experiment(
     return Experiment(
         data=lambda: tfds_images("fashion_mnist", data_dir),
         shape=SHAPE,
-        net=unet(
-            SHAPE,
-            channels=width,
-            multipliers=(1, 2, 2),
-            attention=(7,),
-            dropout=dropout,
-            classes=CLASSES,
-            dtype=jnp.dtype(precision),
-        ),
+        net=network(width=width, dropout=dropout, precision=precision),
         schedule=schedule,
         read=lambda net: edm_precondition(lambda x, t, cond: net(x, 250 * t, cond), schedule, spread),
         objective=make_objective(

@@ -16,7 +16,7 @@ from diffusion_jax.training.draw import load_averaged
 from diffusion_jax.training.parameters import read_parameters
 from diffusion_jax.training.snapshots import reconstruct
 from diffusion_jax.training.state import dotted
-from diffusion_jax.typing import InputError, Params
+from diffusion_jax.typing import InputError, Net, Params
 
 
 class Teacher(NamedTuple):
@@ -50,8 +50,22 @@ def find_teacher(folder: str, **changed: Any) -> Teacher:
 def untrained_teacher(function: Callable[..., Experiment], arguments: Mapping[str, Any], **changed: Any) -> Teacher:
     """The same without a run: what a student that learns from the data alone takes its network and data from."""
     known = inspect.signature(function).parameters
-    merged = {**arguments, **{k: v for k, v in changed.items() if v is not None and k in known}}
+    wanted = {name: value for name, value in changed.items() if value is not None and name in known}
+    merged = {name: parameter.default for name, parameter in known.items()} | dict(arguments) | wanted
     return Teacher(function(**merged), merged, function, None)
+
+
+def network_with(teacher: Teacher, **more: Any) -> Net:
+    """The teacher's network made with `more` arguments, such as vector=16, by the function `network` of its file.
+
+    InputError for a file without such a function, or one that does not take those.
+    """
+    function = teacher.function.__globals__.get("network")
+    known = inspect.signature(function).parameters if function is not None else {}
+    if function is None or not more.keys() <= known.keys():
+        where = Path(teacher.function.__code__.co_filename).name
+        raise InputError(f"{where} has no function network(..., {', '.join(more)}=...), which this student needs")
+    return function(**{name: teacher.arguments[name] for name in known if name not in more}, **more)
 
 
 def teacher_params(teacher: Teacher, sigma_rel: float | None = None, file: str = "") -> Params:
