@@ -17,6 +17,14 @@ from typing import Any, Literal
 
 from diffusion_jax._version import __version__
 from diffusion_jax.arguments import Amount, Count, Natural, closest, describe, resolve, split_arguments
+from diffusion_jax.measuring.command import (
+    average_options,
+    average_page,
+    eval_options,
+    eval_page,
+    reference_options,
+    reference_page,
+)
 from diffusion_jax.planning.command import plan_options, plan_page, profile_options, profile_page
 from diffusion_jax.typing import InputError
 
@@ -217,6 +225,52 @@ def profile(name: str, words: list[str]) -> None:
     print(profile_page(function, name, arguments, options))
 
 
+def evaluate(name: str, words: list[str]) -> None:
+    """Measure samples of a run, or pictures, against real examples."""
+    experiment, folder, options = _to_measure(name, words, eval_options, "eval")
+    for line in eval_page(experiment, name, folder, options):
+        print(line, flush=True)
+
+
+def reference(name: str, words: list[str]) -> None:
+    """Statistics of an experiment's data, or of pictures, in a file."""
+    given = split_arguments(words)
+    if given.get("images"):
+        experiment, options = None, resolve(reference_options, given, "reference")
+        _set_up_jax()
+    else:
+        experiment, _, options = _to_measure(name, words, reference_options, "reference", run_needed=False)
+    for line in reference_page(experiment, name, options):
+        print(line, flush=True)
+
+
+def average(name: str, words: list[str]) -> None:
+    """An average of any length from the snapshots of a run, in a file."""
+    options = resolve(average_options, split_arguments(words), "average")
+    _set_up_jax()
+    print(average_page(find_run(Path(options["runs"]) / Path(name).stem, options["run"]), options))
+
+
+def _to_measure(
+    name: str, words: list[str], known: Callable[..., dict], what: str, *, run_needed: bool = True
+) -> tuple[Any, Path, dict[str, Any]]:
+    """The experiment as its run was made, or as the words say where no run is looked at; its folder, the options."""
+    from diffusion_jax.experiment import find_experiment
+
+    function = find_experiment(name)
+    own, options = _divided(name, function, words, known, what)
+    folder = Path(options["runs"]) / Path(name).stem
+    if options["run"] or (run_needed and not options.get("images")):
+        folder = find_run(folder, options["run"])
+        if own:
+            raise InputError(f"{next(iter(own))}: the run {folder.name} has its own; {what} takes no others")
+        arguments = _recorded_arguments(function, name, folder)
+    else:
+        arguments = resolve(function, own, name)
+    _set_up_jax()
+    return function(**arguments), folder, options
+
+
 def _divided(
     name: str, function: Callable[..., Any], words: list[str], options: Callable[..., dict], what: str
 ) -> tuple[dict[str, str], dict[str, Any]]:
@@ -271,6 +325,9 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]
     "plan": (plan, plan_options),
     "profile": (profile, profile_options),
     "latents": (latents, latents_options),
+    "eval": (evaluate, eval_options),
+    "reference": (reference, reference_options),
+    "average": (average, average_options),
 }
 
 

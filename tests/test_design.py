@@ -26,6 +26,7 @@ ROOMS = {  # room -> what it may import of this package beside itself; a room no
     "training": CORE | {"experiment"},
     "evaluation": CORE | {"nets", "weights"},
     "planning": CORE | {"arguments", "experiment", "training"},
+    "measuring": CORE | {"arguments", "experiment", "training", "evaluation"},
 }
 HEAVY = {"flax", "optax", "orbax"}
 MAY_PRINT = {"training.loop", "__main__", "experiment"}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,9 @@ from diffusion_jax.experiment import Experiment, check_at_least, check_seed, ini
 from diffusion_jax.training import checkpoint, hosts, media, writer
 from diffusion_jax.training.generate import at_a_time, classes_of, make_draw, make_pictures
 from diffusion_jax.training.mesh import make_mesh, replicated
+from diffusion_jax.training.parameters import read_parameters
 from diffusion_jax.training.snapshots import reconstruct
+from diffusion_jax.training.state import dotted
 from diffusion_jax.typing import InputError, Params, Sampler, Schedule
 
 SAMPLERS: dict[str, Callable[[Schedule], Sampler]] = {
@@ -47,33 +49,67 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     hosts.check_alike({"arguments": same}, folder=str(folder))
     check_at_least(1, n=options["n"])
     check_seed(options["seed"])
-    labels, how = _labels(experiment, options), media.look(experiment)
+    labels, how = chosen_labels(experiment, options), media.look(experiment)
     if how.kind == "array" and options["format"] != "npz":
         raise InputError(f"format={options['format']}: this experiment makes what cannot be shown; format=npz keeps it")
     draw = make_draw(
-        experiment, sampler=_sampler(experiment, options), steps=options["steps"], guidance=options["guidance"]
+        experiment,
+        sampler=chosen_sampler(experiment, options["sampler"]),
+        steps=options["steps"],
+        guidance=options["guidance"],
     )
     mesh = make_mesh(options["devices"])
-    params, step, average = _params(experiment, folder, options["checkpoint"], options.get("ema"), mesh)
-    out = Path(options["out"]) if options["out"] else folder / f"drawn-step={step}-seed={options['seed']}{average}"
+    chosen = chosen_params(
+        experiment, folder, options["checkpoint"], mesh, sigma_rel=options.get("ema"), file=options.get("params", "")
+    )
+    name = f"drawn-{chosen.named}-seed={options['seed']}{chosen.average}"
+    out = Path(options["out"]) if options["out"] else folder / name
     hosts.on_first(lambda: out.mkdir(parents=True, exist_ok=True), "folder")
     pictures = make_pictures(draw, mesh, at_a_time(experiment), experiment.decode)
-    parts = pictures(params, options["n"], options["seed"], labels)
+    parts = pictures(chosen.params, options["n"], options["seed"], labels)
     return _write(parts, out, options, labels, how)
 
 
-def _params(
-    experiment: Experiment, folder: Path, which: str, sigma_rel: float | None, mesh: Mesh
-) -> tuple[Params, int | None, str]:
-    """The parameters to draw from, their step, and what a folder's name says of their average."""
+class Chosen(NamedTuple):
+    """Parameters to draw from: the step they are of, or the file, and what names their average, such as -ema=0.1."""
+
+    params: Params
+    named: str
+    average: str
+
+
+def chosen_params(
+    experiment: Experiment, folder: Path, which: str, mesh: Mesh, *, sigma_rel: float | None = None, file: str = ""
+) -> Chosen:
+    """The parameters of a run in `folder` at checkpoint `which`: its average, another one, or those in a file.
+
+    sigma_rel: the relative width of an average put together from snapshots. file: as `write_parameters` writes it.
+    InputError for what is not there or does not fit the experiment's network.
+    """
+    if file:
+        if sigma_rel is not None or which != "newest":
+            raise InputError("params= is a file of its own: give no ema= and no checkpoint= with it")
+        params = read_parameters(file)
+        _check_fits(experiment, params, file)
+        return Chosen(hosts.place(params, replicated(mesh)), f"params={Path(file).stem}", "")
     if sigma_rel is None:
-        return *load_averaged(experiment, folder, which, mesh if hosts.several() else None), ""
+        params, step = load_averaged(experiment, folder, which, mesh if hosts.several() else None)
+        return Chosen(params, f"step={step}", "")
     if which != "newest" and not which.isdigit():
         raise InputError(f"checkpoint={which}: for ema={sigma_rel} give a step, or nothing for the newest")
     params, error, step = reconstruct(folder / "averages", sigma_rel, int(which) if which.isdigit() else None)
     if hosts.first():
         tqdm.write(f"ema={sigma_rel} at step {step}: its profile is met to {100 * error:.2g} %")
-    return hosts.place(params, replicated(mesh)), step, f"-ema={sigma_rel}"
+    return Chosen(hosts.place(params, replicated(mesh)), f"step={step}", f"-ema={sigma_rel}")
+
+
+def _check_fits(experiment: Experiment, params: Params, file: str) -> None:
+    """InputError, naming the first parameter, unless a file holds those of the experiment's network."""
+    like = jax.eval_shape(partial(initial_state, experiment)).params
+    want, have = ({dotted(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(tree)} for tree in (like, params))
+    for name in sorted(want.keys() | have.keys()):
+        if want.get(name) != have.get(name):
+            raise InputError(f"params={file} is of another network: {name} is {have.get(name)}, not {want.get(name)}")
 
 
 def load_averaged(
@@ -107,7 +143,8 @@ def _best(folder: Path) -> int | None:
     return min(known, key=lambda step: known[step], default=None)
 
 
-def _labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | None:
+def chosen_labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | None:
+    """i32[n]: all classes in turn, or options["label"] alone; None without classes. InputError for a wrong one."""
     n, label, classes = options["n"], options["label"], classes_of(experiment)
     if classes is None:
         if label is not None or options["guidance"] is not None:
@@ -118,8 +155,8 @@ def _labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | 
     return np.arange(n) % classes if label is None else np.full(n, label)
 
 
-def _sampler(experiment: Experiment, options: Mapping[str, Any]) -> Sampler | None:
-    name = options["sampler"]
+def chosen_sampler(experiment: Experiment, name: str) -> Sampler | None:
+    """The sampler of this name for the experiment, None for its own; InputError if its network does not fit."""
     if name == "ancestral" and not experiment.learned_variance:
         raise InputError("sampler=ancestral needs a network with a learned variance; use ddpm or ddpm_large")
     return None if name == "default" else SAMPLERS[name](experiment.schedule)

@@ -1,0 +1,1 @@
+"""Measuring a model: pictures to features to numbers, and the commands around them."""
