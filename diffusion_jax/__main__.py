@@ -25,6 +25,7 @@ from diffusion_jax.measuring.command import (
     reference_options,
     reference_page,
 )
+from diffusion_jax.measuring.sweep import sweep_options, sweep_page
 from diffusion_jax.planning.command import plan_options, plan_page, profile_options, profile_page
 from diffusion_jax.typing import InputError
 
@@ -251,6 +252,37 @@ def average(name: str, words: list[str]) -> None:
     print(average_page(find_run(Path(options["runs"]) / Path(name).stem, options["run"]), options))
 
 
+def sweep(name: str, words: list[str]) -> None:
+    """Samplers x steps x guidance x averages of a run, as a table and plots."""
+    experiment, folder, options = _to_measure(name, words, sweep_options, "sweep")
+    for line in sweep_page(experiment, name, folder, options):
+        print(line, flush=True)
+
+
+def extrapolate_options(
+    *, w: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0), out: str = "", run: str = "", runs: str = "runs"
+) -> dict:
+    """Parameters beyond those a run began from, away from those it came to; make eval params=FILE measures them.
+
+    Args:
+        w: how far, in lengths of the way that the run went; with commas between.
+        out: folder to write extrapolated-w=….npz to; by default the run's.
+        run: name of the run; by default the newest one of the experiment.
+        runs: the folder of all runs.
+    """
+    return dict(locals())
+
+
+def extrapolate(name: str, words: list[str]) -> None:
+    """Write the parameters that a run leads away from, and what they took."""
+    experiment, folder, options = _to_measure(name, words, extrapolate_options, "extrapolate")
+    from diffusion_jax.measuring.evaluations import evaluations
+    from diffusion_jax.training.extrapolate import extrapolate_run
+
+    for line in extrapolate_run(experiment, folder, options["w"], Path(options["out"] or folder), evaluations):
+        print(line, flush=True)
+
+
 def _to_measure(
     name: str, words: list[str], known: Callable[..., dict], what: str, *, run_needed: bool = True
 ) -> tuple[Any, Path, dict[str, Any]]:
@@ -327,7 +359,9 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]
     "latents": (latents, latents_options),
     "eval": (evaluate, eval_options),
     "reference": (reference, reference_options),
+    "sweep": (sweep, sweep_options),
     "average": (average, average_options),
+    "extrapolate": (extrapolate, extrapolate_options),
 }
 
 

@@ -20,8 +20,8 @@ from diffusion_jax.training.generate import at_a_time, classes_of, make_draw, ma
 from diffusion_jax.training.mesh import replicated
 from diffusion_jax.typing import InputError, Params
 
-TIMED = 3
-"""Batches that the time of a sample is the median of."""
+TIMED, AT_LEAST = 5, 0.5
+"""Batches that the time of a sample is the median of: so many, and for so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def average_of(chosen: Chosen) -> str:
 
 def seconds_per_sample(model: Model, params: Params) -> float:
     """The median over some batches of the time to draw one, after one that is not counted, over its pictures."""
-    times = []
-    for _ in range(1 + TIMED):
+    times: list[float] = []
+    while len(times) <= TIMED or sum(times[1:]) < AT_LEAST:
         start = time.perf_counter()
         for _part in model.draw(params, model.batch, 0):
             pass
