@@ -25,11 +25,11 @@ READY = $(VENV)/ready
 TPU_COMPILER = $(VENV)-tpu/ready
 endif
 
-.PHONY: help env train sample latents plan profile conformance test test-long test-parity lint types bench lock clean
+.PHONY: help env train sample latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
-	@echo "targets: train sample latents plan profile conformance test test-long test-parity lint types bench lock clean"
+	@echo "targets: train sample latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean"
 
 env: $(READY)
 
@@ -43,7 +43,7 @@ $(VENV)/ready: $(LOCK) pyproject.toml
 	@$(if $(ACCELERATOR),$(VENV)/bin/python -m pip install --quiet -c $(LOCK) "jax[$(ACCELERATOR)]")
 	@touch $@
 
-train sample latents: $(READY)
+train sample latents eval reference sweep average extrapolate: $(READY)
 	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
 
 # What training and sampling would take, on devices that need not be there: make plan EXP=... TOPOLOGY=v5e:16x16
@@ -66,11 +66,11 @@ conformance: $(READY)
 	@$(PY) -m conformance $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-# Slow proofs: killed runs, flat memory, real archives, several devices.
+# Slow proofs, those of tests/long among them: killed runs, flat memory, real archives, several devices, trained models.
 test-long: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile tests/long $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m slow tests tests/long $(ARGS)
 
 # Against PyTorch and diffusers, in an environment of their own.
 test-parity: $(VENV)-parity/ready
@@ -90,8 +90,10 @@ lint: $(READY)
 types: $(READY)
 	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 
+# The README's own; make bench BENCH="data dit_options" runs others of benchmarks/.
+BENCH ?= startup loop unet_cpu
 bench: $(VENV)-parity/ready
-	@for script in benchmarks/*.py; do $(VENV)-parity/bin/python $$script || exit 1; done
+	@for name in $(BENCH); do $(VENV)-parity/bin/python benchmarks/$$name.py || exit 1; done
 
 # Pin the newest versions that pyproject.toml allows, the same on every Python it allows.
 lock: $(READY)

@@ -8,7 +8,7 @@ pictures, batch 512, dropout 0.13, average with a half-life of 0.5M pictures and
 sampler in 18 steps (35 evaluations). It differs in one thing: mirror flips instead of the paper's non-leaky
 augmentation with conditioning, which is still to come.
 
-Cost: 200M pictures; `python benchmarks/accelerator.py` prints pictures a second on the device at hand.
+Cost: 200M pictures; `python benchmarks/gpu.py` prints pictures a second on the device at hand.
 Expected: with its augmentation the paper reports FID 1.97. Not measured here.
 Data: CIFAR-10, 170 MB, downloaded once by tensorflow-datasets, or from an archive placed where its error message says.
 """

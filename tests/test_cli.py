@@ -23,6 +23,7 @@ from diffusion_jax.arguments import Count, closest, describe, resolve, split_arg
 from diffusion_jax.experiment import Experiment, find_experiment, initial_state, loss_fn
 from diffusion_jax.training import records
 from diffusion_jax.training.generate import example_keys, make_draw
+from diffusion_jax.training.roofline import batch_shapes
 from diffusion_jax.training.state import parameter_count
 from diffusion_jax.training.step import make_train_step
 from diffusion_jax.typing import InputError
@@ -532,17 +533,14 @@ def test_cifar10_has_the_papers_network():
     assert parameter_count(find_experiment("cifar10")().net) == 35_746_307
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_makes_a_step_of_its_own_size(name, tmp_path):
     """Traced, not run: shapes and types of a whole step at the default size; tests/long runs small ones."""
     experiment = find_experiment(name)(**arguments_of(name, tmp_path))
     step = make_train_step(loss_fn(experiment), experiment.optimizer, experiment.ema, accumulate=experiment.accumulate)
     state = jax.eval_shape(lambda: initial_state(experiment))
-    batch = {
-        "image": jax.ShapeDtypeStruct((experiment.batch, *experiment.shape), "uint8"),
-        "label": jax.ShapeDtypeStruct((experiment.batch,), "int32"),
-    }
-    new, metrics = jax.eval_shape(step, state, batch)
+    new, metrics = jax.eval_shape(step, state, batch_shapes(experiment))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

@@ -150,6 +150,7 @@ CONSISTENCY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONSISTENCY)
 def test_trained_consistency_models_are_the_exact_function(name, x64):
     """The largest error of f, in standard deviations of the data, over x_t within 2 deviations and all noise levels."""
@@ -193,6 +194,7 @@ def velocity_student():
     return lambda params: lambda x, t, s, cond=None: affine(products(t, s) @ whiten, params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "tolerance"), [(mean_flow_loss, 0.004), (improved_mean_flow_loss, 0.004), (shortcut_loss, 0.008)]
 )
@@ -249,6 +251,7 @@ def halve(schedule, teacher, steps, target):
     return table_denoiser(schedule, table[: N + 1], table[N + 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), [("rectified", "v"), ("cosine", "x0")])
 def test_progressive_halving_keeps_the_teachers_map(name, target, x64):
     """16 -> 8 -> 4 -> 2 -> 1: a linear student can follow each teacher exactly, so that one step is the first 16."""

@@ -184,6 +184,7 @@ def options(**changes):
     } | changes  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "beside", "one"),
     [("sound", ".wav", "000004.wav"), ("video", ".gif", "000004.gif"), ("array", "", "")],

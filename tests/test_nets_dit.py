@@ -274,6 +274,7 @@ def test_forward_mode():
 # --- use --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learns_digits():
     """JiT's way: x0 from the network, the loss on the velocity."""
     pictures = jnp.asarray(digits().train["image"][:512], jnp.float32) / 127.5 - 1

@@ -109,6 +109,7 @@ STRONG = {
 }
 
 
+@pytest.mark.slow
 def test_strong_convergence():
     """Path by path, 400 of them: doubling n halves what the next doubling changes, and all samplers come to one end."""
     schedule, ends = dj.vp_linear(), {}

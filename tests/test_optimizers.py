@@ -233,6 +233,7 @@ def test_fused_matrices_move_like_separate_ones():
     np.testing.assert_allclose(fused["conv"]["kernel"], whole["conv"]["kernel"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12, 3, 4, 3), (1, 1, 12, 36), (12, 3, 12)])
 def test_the_layout_of_a_fused_kernel_does_not_matter(shape):
     def moved(tree):
@@ -344,7 +345,8 @@ def test_projected_parameters_stay_where_they_are_projected_to():
     params, _ = run(projected(adamw(0.1), unit), draw(0))
     close(unit(params), params, rtol=1e-6, atol=1e-6)
     free, _ = run(adamw(0.1), draw(0))
-    np.testing.assert_array_equal(params["norm"]["scale"], free["norm"]["scale"])
+    # Compiled in another program, a product may be fused with a sum: the last bit differs.
+    close(params["norm"]["scale"], free["norm"]["scale"], rtol=1e-6)
     # One step from a projected point is the projection of the plain step.
     once, _ = run(projected(adamw(0.1), unit), unit(draw(0)), steps=1)
     plain, _ = run(adamw(0.1), unit(draw(0)), steps=1)

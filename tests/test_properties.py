@@ -118,6 +118,7 @@ def round_trips(name):
     return compute
 
 
+@pytest.mark.slow
 @examples(30)
 @given(
     name=st.sampled_from(("cosine", "vp_linear", "rectified", "edm")), shape=shapes, dtype=dtypes, seed=seeds, u=unit

@@ -296,6 +296,7 @@ def test_shortest_path_is_the_best_of_all():
         assert tuple(times._shortest(cost, steps)) == min(paths, key=total)
 
 
+@pytest.mark.slow
 def test_defects_are_those_of_the_samplers():
     """E |<a_k, e_k>|, with the steps that the samplers take and with the adjoint by finite differences."""
     law, schedule = mixtures.gaussian(np.array([0.5, -0.2]), np.array([0.3, 0.02])), dj.vp_linear()
@@ -343,6 +344,7 @@ def test_defects_are_those_of_the_samplers():
                 assert cost[i, j, k] == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "order", "n", "rivals"),
     [

@@ -355,6 +355,7 @@ def damage(path, how):
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
 def test_every_damaged_file_is_harmless_or_noticed(two_checkpoints, tmp_path, how):
     """Each file of the newest checkpoint in turn: the same state to the bit, or the one before and a message."""

@@ -59,6 +59,7 @@ def test_evidence_is_unbiased():
         assert abs(z.mean() - 1) < 4 * error < 0.02
 
 
+@pytest.mark.slow
 def test_particles_converge():
     """Errors of E[x | y], E[x^2 | y] and log p(y) fall like 1 / sqrt(n): by 4 for 16 times as many, within noise."""
     rms = []
@@ -158,6 +159,7 @@ def test_systematic_resampling():
     assert error.max() < 4.5
 
 
+@pytest.mark.slow
 def test_particles_reach_the_sampling_floor():
     """In 64 dimensions: at most 1.2 times the distance of exact samples from exact samples; coverage, mean and std too.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import logging
 import os
@@ -134,7 +135,8 @@ def _prepared(name: str, root: Path) -> Any:
             config = tfds.download.DownloadConfig(extract_dir=extracting, try_download_gcs=False)
             tfds_without_tf.prepare(builder, config)
     except tfds_without_tf.preparation_errors() as error:
-        raise InputError(f"{name} could not be prepared in {root}: {' '.join(str(error).split())}") from error
+        cause = _cause(error)
+        raise InputError(f"{name} could not be prepared in {root}: {' '.join(str(cause).split())}") from cause
     except (AttributeError, ModuleNotFoundError) as error:
         if tfds_without_tf.is_installed():
             raise
@@ -142,6 +144,13 @@ def _prepared(name: str, root: Path) -> Any:
     if not builder.is_prepared():
         raise InputError(f"{builder.data_dir} is there but is not a prepared data set: remove it")
     return _builder(name, root)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What failed: TFDS removes its folder then, which fails too while its other downloads still write there."""
+    while isinstance(error, OSError) and error.errno == errno.ENOTEMPTY and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _builder(name: str, root: Path, **options: Any) -> Any:
