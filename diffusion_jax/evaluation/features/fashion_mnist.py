@@ -1,10 +1,10 @@
 """The frozen classifier of Fashion-MNIST, whose features stand where FID has Inception's.
 
-Six 3x3 convolutions with group normalization (GN, 8 groups) and SiLU, a mean over the pixels, and a linear layer:
+Five 3x3 convolutions with group normalization (GN, 8 groups) and SiLU, a mean over the pixels, and a linear layer:
 
-    h = silu GN C_32 silu GN C_32 x,   pool,   the same with C_64,   pool,   the same with C_128                 (1)
-    features = mean over pixels of h                                                             f32[128]        (2)
-    logits = W features + b                                                                      f32[10]         (3)
+    h = silu GN C_32 x,   pool,   silu GN C_64 silu GN C_64 h,   pool,   the same with C_128                     (1)
+    features = mean over pixels of h                                                             f32[b, 128]     (2)
+    logits = W features + b                                                                      f32[b, 10]      (3)
 
 x are pixels in [-1, 1]; pool halves the size by the mean of neighbours. The weights ship with the package; they were
 made by `python tools/train_fashion_classifier.py`, with the real training set and fixed seeds, and never change: a
@@ -13,45 +13,78 @@ number measured in other features is another number.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.evaluation.features import net
 from diffusion_jax.nets import layers
-from diffusion_jax.typing import Array, Key, Params
+from diffusion_jax.typing import Array, InputError, Key, Params
+from diffusion_jax.weights import trees
 
-SHAPE, CLASSES, WIDTHS, GROUPS = (28, 28, 1), 10, (32, 64, 128), 8
+SHAPE, CLASSES, STAGES, GROUPS = (28, 28, 1), 10, ((32,), (64, 64), (128, 128)), 8
 WEIGHTS = Path(__file__).parent / "fashion_mnist.npz"
+SHA256 = "PENDING"
+"""Of that file: `load` takes no other."""
+
+
+def fashion_mnist() -> net.FeatureNet:
+    """The feature network: pictures u8[b, 28, 28, 1] -> "pooled" of (2) and "logits" of (3).
+
+    load(WEIGHTS) gives the frozen parameters; InputError for a file with another sha256.
+    """
+
+    def prepare(images: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != SHAPE:
+            raise InputError(f"pictures of Fashion-MNIST are u8[b, 28, 28, 1], got {images.dtype}{list(images.shape)}")
+        return images
+
+    def apply(params: Params, images: Array) -> net.Features:
+        if images.dtype != jnp.uint8 or images.shape[1:] != SHAPE:
+            raise ValueError(f"pictures of Fashion-MNIST are u8[b, 28, 28, 1], got {images.dtype}{list(images.shape)}")
+        with jax.default_matmul_precision("highest"):
+            pooled = hidden(params, pixels(images))
+            return {"pooled": pooled, "logits": logits(params, pooled)}
+
+    return net.FeatureNet("fashion_mnist", "none", init, prepare, apply, load)
+
+
+def load(path: str | os.PathLike[str] = WEIGHTS) -> net.Loaded:
+    """The frozen parameters; InputError unless the file is the one that ships, to the last bit."""
+    loaded = net.loader("the frozen classifier of Fashion-MNIST", init, _from_dotted)(path)
+    if loaded.sha256 != SHA256:
+        raise InputError(f"{path} is not the frozen classifier of Fashion-MNIST: its sha256 is {loaded.sha256}")
+    return loaded
 
 
 def init(key: Key) -> Params:
     """Parameters for training: kernels with variance 2 / fan in, ones and zeros."""
     params, n = {}, SHAPE[-1]
-    for i, width in enumerate(WIDTHS):
-        for j in range(2):
-            key = jax.random.fold_in(key, 2 * i + j)
-            kernel = jax.random.normal(key, (3, 3, n, width)) * jnp.sqrt(2 / (9 * n))
+    for i, widths in enumerate(STAGES):
+        for j, width in enumerate(widths):
+            kernel = jax.random.normal(jax.random.fold_in(key, 2 * i + j), (3, 3, n, width)) * jnp.sqrt(2 / (9 * n))
             params[f"conv_{i}_{j}"] = {"kernel": kernel, "scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
             n = width
     params["linear"] = {"kernel": jnp.zeros((n, CLASSES)), "bias": jnp.zeros((CLASSES,))}
     return params
 
 
-def features(params: Params, images: Array) -> Array:
-    """Equation (2) of pictures `u8[b, 28, 28, 1]`: f32[b, 128]. ValueError for other types and shapes."""
-    if images.dtype != jnp.uint8 or images.shape[1:] != SHAPE:
-        raise ValueError(f"pictures of Fashion-MNIST are u8[b, 28, 28, 1], got {images.dtype}{list(images.shape)}")
-    return hidden(params, images.astype(jnp.float32) / 127.5 - 1.0)
+def pixels(images: Array) -> Array:
+    """u8 -> f32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def hidden(params: Params, x: Array) -> Array:
     """Equation (2) of pixels in [-1, 1]: f32[b, 28, 28, 1] -> f32[b, 128]."""
-    for i in range(len(WIDTHS)):
+    for i, widths in enumerate(STAGES):
         if i:
             x = layers.average_pool(x)
-        for j in range(2):
+        for j in range(len(widths)):
             p = params[f"conv_{i}_{j}"]
             x = layers.group_norm(layers.conv(x, p["kernel"]), p["scale"], p["bias"], GROUPS, 1e-5)
     return jnp.mean(x, axis=(1, 2))
@@ -62,12 +95,5 @@ def logits(params: Params, hidden: Array) -> Array:
     return jnp.matmul(hidden, params["linear"]["kernel"]) + params["linear"]["bias"][None, :]
 
 
-def load(path: Path = WEIGHTS) -> tuple[Params, dict[str, np.ndarray]]:
-    """The frozen parameters, and the same by dotted names, for a hash."""
-    with np.load(path) as file:
-        arrays = dict(file)
-    params: dict[str, dict[str, Array]] = {}
-    for name, array in arrays.items():
-        layer, leaf = name.split(".")
-        params.setdefault(layer, {})[leaf] = jnp.asarray(array, jnp.float32)
-    return params, arrays
+def _from_dotted(state: Mapping[str, np.ndarray], like: Params) -> Params:
+    return trees.read(state, like, lambda path: trees.Leaf(".".join(path)))
