@@ -225,6 +225,16 @@ def test_a_tracked_average_comes_back_to_half_precision(trained):
     assert distance(params, state.averages[0]) < 2e-3 * distance(state.averages[0], jax.tree.map(np.zeros_like, params))
 
 
+def test_small_arrays_stay_exact_and_large_ones_are_halved(tmp_path):
+    average = {"phases": jnp.linspace(0, 1, 7), "kernel": jnp.linspace(0, 1, 4096)}
+    state = TrainState(jnp.int32(10), average, (average,), (), jax.random.key(0))
+    save_snapshots(tmp_path, state, ema.power_function(0.1))
+    with np.load(tmp_path / "0000010-0.1.npz") as kept:
+        assert kept["phases"].dtype == np.float32
+        np.testing.assert_array_equal(kept["phases"], average["phases"])
+        assert kept["kernel"].dtype == np.float16
+
+
 def test_an_earlier_step_uses_only_what_was_there(trained):
     folder, _ = trained
     params, _, step = reconstruct(folder, 0.05, step=160)

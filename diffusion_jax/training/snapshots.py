@@ -1,9 +1,10 @@
 """Snapshots of power-function averages during a run, and the averages that are made of them afterwards.
 
-runs/NAME/RUN/averages/0001000-0.05.npz      sigma_rel 0.05 after 1,000 updates: one float16 array for each dotted path
+runs/NAME/RUN/averages/0001000-0.05.npz      sigma_rel 0.05 after 1,000 updates: one array for each dotted path
 
 Half precision is what the paper keeps them in (Karras et al. 2024, arXiv:2312.02696, section 3.2); it rounds a weight
-by less than bfloat16 does when the network computes. The files are complete or absent, and NumPy alone can read them,
+by less than bfloat16 does when the network computes. Arrays of fewer than `SMALL` elements stay float32: they cost
+nothing, and some, such as the random frequencies of a time embedding, are multiplied by large numbers. The files are complete or absent, and NumPy alone can read them,
 which checks the checksum of each array.
 """
 
@@ -25,6 +26,8 @@ from diffusion_jax.typing import InputError, Params
 
 NEGLIGIBLE = 1e-9
 """Snapshots whose weight is smaller are not read: 1,000 of them would move a weight less than float32 rounds it."""
+SMALL = 4096
+"""Arrays with fewer elements are kept in float32."""
 
 
 class Snapshot(NamedTuple):
@@ -94,7 +97,8 @@ def _write(path: Path, params: Params) -> None:
     with zipfile.ZipFile(partial, "w") as archive:
         for where, leaf in leaves:
             with archive.open(f"{dotted(where)}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, _whole(leaf).astype(np.float16))
+                kept = np.float16 if leaf.size >= SMALL else np.float32
+                np.lib.format.write_array(file, _whole(leaf).astype(kept))
     partial.rename(path)
 
 
