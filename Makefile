@@ -74,7 +74,7 @@ test-long: $(READY)
 
 # Against PyTorch and diffusers, in an environment of their own.
 test-parity: $(VENV)-parity/ready
-	$(VENV)-parity/bin/python -m pytest tests/parity $(ARGS)
+	$(VENV)-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity $(ARGS)
 
 $(VENV)-parity/ready: $(LOCK) requirements/parity.txt requirements/parity-no-deps.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-parity
