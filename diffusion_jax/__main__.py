@@ -83,6 +83,7 @@ def sample_options(
     format: Literal["png", "npz", "grid"] = "png",
     checkpoint: str = "newest",
     ema: Amount | None = None,
+    params: str = "",
     out: str = "",
     run: str = "",
     runs: str = "runs",
@@ -104,6 +105,7 @@ def sample_options(
             grid the grid alone.
         checkpoint: newest, best, or a step.
         ema: an average of this relative width, 0.08 say, put together from the snapshots of the run.
+        params: parameters in a file, as make average writes them.
         out: folder to write to; by default inside the run.
         run: name of the run; by default the newest one of the experiment.
         runs: the folder of all runs.

@@ -21,13 +21,14 @@ Precision = Literal["highest", "tensorfloat32", "bfloat16"]
 
 def eval_options(
     *,
-    metrics: tuple[str, ...] = ("fid",),
+    metrics: tuple[str, ...] = (),
     n: Count | None = None,
     seed: Natural = 0,
     seeds: Count = 1,
-    features: str = "inception",
+    features: str = "",
     weights: str = "",
     precision: Precision = "highest",
+    judge: Literal["default", "features", "pixels"] = "default",
     reference: str = "",
     images: str = "",
     texts: str = "",
@@ -47,16 +48,20 @@ def eval_options(
 ) -> dict:
     """Measure samples of a trained run, or of a folder, against real examples; each number with its protocol.
 
+    By default an experiment whose name begins with fashion_mnist is measured by the frozen protocol of Fashion-MNIST,
+    any other by FID.
+
     Args:
-        metrics: fid sfid kid cmmd precision recall density coverage c2st copy authenticity is vendi clip_score, and
-            bits, the bits per dimension of held-out pictures; with commas between. fid and kid are told as fd and kd
-            in features other than Inception's.
-        n: number of samples; by default 50000, or all pictures of images=.
+        metrics: fid sfid kid cmmd precision recall density coverage c2st copy authenticity is vendi clip_score
+            accuracy, and bits, the bits per dimension of held-out pictures; with commas between. fid and kid are told
+            as fd and kd in features other than Inception's.
+        n: number of samples; by default 50000, or 10000 for Fashion-MNIST, or all pictures of images=.
         seed: of the first set of samples.
         seeds: sets of samples, from seed on; their mean and its standard error are told.
         features: inception, inception_pytorch_fid, dinov2, dinov2_torch, clip, clip_openai, fashion_mnist or pixels.
         weights: the file of the network's weights, where it needs one; the error says which.
         precision: of the feature network's arithmetic; published numbers are float32, which is highest.
+        judge: of c2st, a perceptron on the features or a convolutional network on the pixels.
         reference: the real examples: a folder or .npz of pictures, or a file of statistics (of make reference,
             pytorch-fid, ADM or EDM); by default the experiment's training data.
         images: measure the pictures of this folder or .npz instead of a run's.

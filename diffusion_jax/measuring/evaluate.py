@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.evaluation.distances import Estimate
+from diffusion_jax.evaluation.fashion_mnist import JUDGE
 from diffusion_jax.evaluation.results import Protocol, Result, difference, over_seeds, read_result
 from diffusion_jax.measuring.metrics import Metric, Sides, Wanted, shown
 from diffusion_jax.measuring.reals import Lens, Real
-from diffusion_jax.measuring.stream import Gathered
+from diffusion_jax.measuring.stream import IMAGES, Gathered
 from diffusion_jax.typing import InputError
 
 HELD_OUT, TRAINING = "held-out data", "training data"
@@ -22,26 +23,35 @@ HELD_OUT, TRAINING = "held-out data", "training data"
 
 
 class Reals(NamedTuple):
-    """Training examples, held-out ones, and as many of each as there are samples, for the floors; None: none."""
+    """Training examples, held-out ones, and as many of each as there are samples, for the floors; None: none.
+
+    shape: of a picture.
+    """
 
     train: Real | None
     test: Real | None
     floor: Real | None = None
     floor_of_test: Real | None = None
+    shape: tuple[int, ...] = ()
 
 
 def results(
-    want: Wanted, lens: Lens, samples: Gathered, reals: Reals, told: dict[str, Any], texts: np.ndarray | None = None
+    want: Wanted,
+    lens: Lens,
+    samples: Gathered,
+    reals: Reals,
+    told: dict[str, Any],
+    texts: np.ndarray | None = None,
 ) -> tuple[list[Result], list[str]]:
     """A result for each metric asked for, and what there is to warn of. told: the rest of the protocol."""
     found, warned = [], []
     for metric in want.metrics:
-        sides = Sides(samples, _gathered(reals.train), _gathered(reals.test), texts)
+        sides = Sides(samples, _gathered(reals.train), _gathered(reals.test), texts, reals.shape)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             values = _valued(metric, sides)
         warned += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-        found += _told(want, metric, values, protocol_of(lens, metric, samples.n, reals, told))
+        found += _told(want, metric, values, protocol_of(lens, metric, samples.n, reals, told), lens.opened.net.name)
     return found, list(dict.fromkeys(warned))
 
 
@@ -51,7 +61,7 @@ def floors(want: Wanted, lens: Lens, reals: Reals) -> tuple[list[Result], list[s
     warned: list[str] = []
     for metric in want.metrics:
         real, name = (reals.floor_of_test, TRAINING) if metric.against == "test" else (reals.floor, HELD_OUT)
-        if real is None or metric.gives in (("copy",), ("clip_score",)):
+        if real is None or metric.gives == ("clip_score",):
             continue
         only = want._replace(metrics=(metric,))
         more, said = results(only, lens, real.gathered, reals, {"sampler": name})
@@ -63,6 +73,10 @@ def protocol_of(lens: Lens, metric: Metric, n: int, reals: Reals, told: dict[str
     """The protocol of a metric on n samples."""
     real = {"train": reals.train, "test": reals.test, "nothing": None}[metric.against]
     name, digest, count = ("none", "", 0) if real is None else (real.name, real.digest, real.n)
+    if metric.against == "test":
+        n = min(n, count)  # as many as there are of the others
+    if metric.feature == IMAGES:
+        return Protocol(JUDGE, "", "none", name, digest, count, n, **told)
     net = lens.opened.net
     return Protocol(net.name, lens.opened.sha256, net.resize, name, digest, count, n, **told)
 
@@ -123,9 +137,9 @@ def _valued(metric: Metric, sides: Sides) -> tuple[Estimate, ...]:
         raise InputError(f"metrics: {', '.join(metric.gives)} cannot be had here: {error}") from None
 
 
-def _told(want: Wanted, metric: Metric, values: Sequence[Estimate], protocol: Protocol) -> list[Result]:
+def _told(want: Wanted, metric: Metric, values: Sequence[Estimate], protocol: Protocol, network: str) -> list[Result]:
     return [
-        Result(shown(name, protocol.features), value.value, value.standard_error, protocol)
+        Result(shown(name, network), value.value, value.standard_error, protocol)
         for name, value in zip(metric.gives, values, strict=True)
         if name in want.told
     ]

@@ -5,10 +5,11 @@ A metric is a function of the features of samples X, of real training examples Y
     X with Y    fid sfid kid cmmd precision recall density coverage authenticity                          (1)
     X with Z    c2st                                                                                      (2)
     X, Y and Z  copy                                                                                      (3)
-    X           is vendi clip_score                                                                       (4)
+    X           is vendi clip_score accuracy                                                              (4)
 
-and its real-versus-real floor puts other real examples in the place of X: Z in (1), part of Y in (2). That of (3) is 1
-by definition, (4) has those of Z. `fid` and `kid` are the names in Inception's features; in others they are `fd`, `kd`.
+and its real-versus-real floor puts other real examples in the place of X: part of Y in (2), Z in all others. `fid` and
+`kid` are the names in Inception's features; in others they are `fd`, `kd`. The judge of c2st is a small perceptron on
+the features, or a convolutional network on the pixels (`picture_test`), as the frozen protocol of Fashion-MNIST has it.
 """
 
 from __future__ import annotations
@@ -21,21 +22,27 @@ import numpy as np
 from diffusion_jax.arguments import closest
 from diffusion_jax.evaluation import distances, neighbours, scores, two_sample
 from diffusion_jax.evaluation.distances import Estimate
-from diffusion_jax.measuring.stream import Gathered
+from diffusion_jax.measuring.stream import IMAGES, Gathered
 from diffusion_jax.typing import InputError
 
+FROZEN = ("fid", "kid", "c2st", "copy", "authenticity", "accuracy")
+"""The metrics of Fashion-MNIST's frozen protocol."""
 KID_BLOCK, PRECISION_K, DENSITY_K = 1000, 3, 5
 """The published block of the kernel distance, and numbers of neighbours of precision, recall and density, coverage."""
 NAN = float("nan")
 
 
 class Sides(NamedTuple):
-    """X, Y and Z, and the CLIP features f32[n, d] of the texts that X was drawn for; None where there are none."""
+    """X, Y and Z, and the CLIP features f32[n, d] of the texts that X was drawn for; None where there are none.
+
+    shape: of a picture.
+    """
 
     samples: Gathered
     train: Gathered | None
     test: Gathered | None
-    texts: np.ndarray | None = None
+    texts: np.ndarray | None
+    shape: tuple[int, ...]
 
 
 class Metric(NamedTuple):
@@ -81,6 +88,14 @@ def _c2st(sides: Sides) -> tuple[Estimate, ...]:
     return (two_sample.c2st(_rows(sides.samples), _rows(_test(sides, "c2st"))),)
 
 
+def _c2st_of_pixels(sides: Sides) -> tuple[Estimate, ...]:
+    from diffusion_jax.evaluation.picture_test import convolutional
+
+    test = _test(sides, "c2st")
+    judge = convolutional(sides.shape)
+    return (two_sample.c2st(sides.samples.kept[IMAGES], test.kept[IMAGES], fit=judge),)
+
+
 def _copy(sides: Sides) -> tuple[Estimate, ...]:
     rows = _rows(_train(sides)), _rows(_test(sides, "copy")), _rows(sides.samples)
     return (Estimate(neighbours.copy_ratio(*rows), NAN),)
@@ -94,6 +109,14 @@ def _authenticity(sides: Sides) -> tuple[Estimate, ...]:
 
 def _inception_score(sides: Sides) -> tuple[Estimate, ...]:
     return (scores.inception_score(sides.samples.kept["probabilities"]),)
+
+
+def _accuracy(sides: Sides) -> tuple[Estimate, ...]:
+    if sides.samples.labels is None:
+        raise InputError("metrics: accuracy is for samples of given classes")
+    looks = np.argmax(sides.samples.kept["logits"], axis=1)
+    share = float(np.mean(looks == sides.samples.labels))
+    return (Estimate(share, float(np.sqrt(share * (1 - share) / len(looks)))),)
 
 
 def _vendi(sides: Sides) -> tuple[Estimate, ...]:
@@ -119,6 +142,7 @@ TABLE = (
     Metric(("is",), "probabilities", True, "nothing", _inception_score),
     Metric(("vendi",), "pooled", True, "nothing", _vendi),
     Metric(("clip_score",), "pooled", True, "nothing", _clip_score),
+    Metric(("accuracy",), "logits", True, "nothing", _accuracy),
 )
 OTHER_NAMES = {"fd": "fid", "kd": "kid"}
 NAMES = (*(name for metric in TABLE for name in metric.gives), *OTHER_NAMES, "bits")
@@ -136,8 +160,8 @@ class Wanted(NamedTuple):
 
     @property
     def real(self) -> tuple[str, ...]:
-        """Those of `keep` that are wanted of real examples too."""
-        used = {m.feature for m in self.metrics if m.rows and m.against != "nothing"}
+        """Those of `keep` that are wanted of training examples too."""
+        used = {m.feature for m in self.metrics if m.rows and m.against == "train"}
         return tuple(name for name in self.keep if name in used)
 
     def needs(self, side: str) -> bool:
@@ -147,8 +171,11 @@ class Wanted(NamedTuple):
         return any(m.against == "test" or m.gives == ("copy",) for m in self.metrics)
 
 
-def wanted(names: Sequence[str], network: str) -> Wanted:
-    """What the metrics of these names need; InputError for unknown names, and features that they are not defined in."""
+def wanted(names: Sequence[str], network: str, judge: str = "features") -> Wanted:
+    """What the metrics of these names need; InputError for unknown names, and features that they are not defined in.
+
+    judge: of c2st, features or pixels.
+    """
     for name in names:
         if name not in NAMES:
             raise InputError(f"metrics: there is no {name!r}{closest(name, NAMES)}; there are: {', '.join(NAMES)}")
@@ -156,8 +183,12 @@ def wanted(names: Sequence[str], network: str) -> Wanted:
             raise InputError(f"metrics: {name} is defined in CLIP's features: features=clip, not {network}")
         if name in ("sfid", "is") and not network.startswith("inception"):
             raise InputError(f"metrics: {name} is defined in Inception's features: features=inception, not {network}")
+        if name == "accuracy" and network != "fashion_mnist":
+            raise InputError(f"metrics: {name} is that of features=fashion_mnist, not {network}")
     canonical = {OTHER_NAMES.get(name, name) for name in names}
-    metrics = tuple(m for m in TABLE if canonical & set(m.gives))
+    of_pixels = Metric(("c2st",), IMAGES, True, "test", _c2st_of_pixels)
+    table = [of_pixels if m.gives == ("c2st",) and judge == "pixels" else m for m in TABLE]
+    metrics = tuple(m for m in table if canonical & set(m.gives))
     features = tuple(dict.fromkeys(m.feature for m in metrics))
     keep = tuple(dict.fromkeys(m.feature for m in metrics if m.rows))
     return Wanted(metrics, tuple(n for m in metrics for n in m.gives if n in canonical), features, keep)

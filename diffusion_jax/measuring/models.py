@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ TIMED, AT_LEAST = 5, 0.5
 class Model:
     """A sampler of one experiment, compiled once for any parameters.
 
-    draw: (params, n, seed) -> parts of u8[k, h, w, c]. told: sampler, evaluations and guidance, as in `Protocol`.
+    draw: (params, n, seed) -> parts of u8[k, h, w, c]. labels: (n) -> the classes i[n] that are asked for, or None.
+    told: sampler, evaluations and guidance, as in `Protocol`.
     """
 
-    draw: Any
+    draw: Callable[[Params, int, int], Iterator[np.ndarray]]
+    labels: Callable[[int], np.ndarray | None]
     batch: int
     told: dict[str, Any]
 
@@ -52,10 +54,12 @@ def make_model(experiment: Experiment, mesh: Mesh, options: Mapping[str, Any]) -
     batch = options["batch"] or at_a_time(experiment)
     pictures = make_pictures(make_draw(experiment, **how), mesh, batch, experiment.decode)
 
+    def labels(n: int) -> np.ndarray | None:
+        return chosen_labels(experiment, {"n": n, "label": None, "guidance": None}) if conditional else None
+
     def draw(params: Params, n: int, seed: int) -> Iterator[np.ndarray]:
         check_seed(seed)
-        labels = chosen_labels(experiment, {"n": n, "label": None, "guidance": None}) if conditional else None
-        return pictures(params, n, seed, labels)
+        return pictures(params, n, seed, labels(n))
 
     guidance = experiment.guidance if options["guidance"] is None else options["guidance"]
     steps = options["steps"] or experiment.sample_steps
@@ -64,7 +68,7 @@ def make_model(experiment: Experiment, mesh: Mesh, options: Mapping[str, Any]) -
         "evaluations": evaluations(experiment, conditional=conditional, **how),
         "guidance": float(guidance) if conditional else 1.0,
     }
-    return Model(draw, batch * mesh.shape["data"], told)
+    return Model(draw, labels, batch * mesh.shape["data"], told)
 
 
 def load(experiment: Experiment, folder: Path, mesh: Mesh, options: Mapping[str, Any]) -> Chosen:

@@ -1,10 +1,12 @@
 """Sets of pictures that are read as they are needed: a data set, a folder, an archive; each with a hash of its bits.
 
-folder            its image files, sorted by name, all of one size: nothing is resized on the way        sha256 of the files
-.npz              `images` u8[n, h, w, c], as `make sample format=npz` writes, or ADM's `arr_0`          sha256 of the file
-arrays            `image` u8[n, h, w, c] of a data set                                                   sha256 of the array
-read one by one   a data set too large for that                       sha256 of its length and 64 examples spread over it
-"""  # noqa: E501
+    folder            image files of one size, sorted by name           sha256 of the files
+    .npz              `images` u8[n, h, w, c], or `arr_0`; `labels`      sha256 of the file
+    arrays            `image` u8[n, h, w, c] and `label` of a data set   sha256 of the array
+    read one by one   a data set too large for that                      sha256 of its length and 64 examples of it
+
+`make sample format=npz` writes `images` and `labels`, ADM's samples are `arr_0`. Nothing is resized on the way.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,17 @@ SPREAD = 64
 
 
 class PictureSet(NamedTuple):
-    """n pictures of one shape: read(index i[k]) -> u8[k, h, w, c]; their name, and `digest()`, a sha256."""
+    """n pictures of one shape: read(index i[k]) -> u8[k, h, w, c]; their name, and `digest()`, a sha256.
+
+    labels: i[n], where they are classes and at hand.
+    """
 
     name: str
     n: int
     shape: tuple[int, ...]
     read: Callable[[np.ndarray], np.ndarray]
     digest: Callable[[], str]
+    labels: np.ndarray | None = None
 
 
 def parts(pictures: PictureSet, index: np.ndarray | None = None) -> Iterator[np.ndarray]:
@@ -61,7 +67,8 @@ def of_source(source: Source, name: str) -> PictureSet:
         raise InputError(f"the examples of {name} are not pictures ({what}): give reference= a folder, .npz or file")
     if isinstance(source, Mapping):
         images = source["image"]
-        return PictureSet(name, n, images.shape[1:], lambda i: images[i], lambda: sha256({"image": images}))
+        labels = source.get("label")
+        return PictureSet(name, n, images.shape[1:], lambda i: images[i], lambda: sha256({"image": images}), labels)
     each = _threaded(lambda i: source[int(i)]["image"])
     spread = np.unique(np.linspace(0, n - 1, SPREAD).astype(int))
     return PictureSet(
@@ -79,7 +86,9 @@ def of_path(path: str | Path) -> PictureSet:
     images = archive(path)
     if images is None:
         raise InputError(f"{path} has no array `images` or `arr_0` of pictures u8[n, h, w, c]")
-    return PictureSet(path.name, len(images), images.shape[1:], lambda i: images[i], lambda: sha256(path))
+    with np.load(path) as file:
+        labels = file.get("labels")
+    return PictureSet(path.name, len(images), images.shape[1:], lambda i: images[i], lambda: sha256(path), labels)
 
 
 def archive(path: Path) -> np.ndarray | None:

@@ -72,7 +72,7 @@ def measured(lens: Lens, pictures: PictureSet, names: Sequence[str], keep: Seque
             for name, rows in found.kept.items():
                 _save_rows(path.with_suffix(f".{name}.npy"), rows)
             save_reference(path, as_reference(lens, pictures.name, digest, found))
-    return Real(pictures.name, digest, pictures.n, found)
+    return Real(pictures.name, digest, pictures.n, found._replace(labels=pictures.labels))
 
 
 def as_reference(lens: Lens, name: str, digest: str, found: Gathered) -> Reference:

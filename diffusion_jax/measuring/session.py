@@ -17,15 +17,18 @@ from diffusion_jax.evaluation.results import Protocol, Result
 from diffusion_jax.experiment import Experiment
 from diffusion_jax.measuring import bits, evaluate, models
 from diffusion_jax.measuring.evaluate import Reals
-from diffusion_jax.measuring.metrics import Wanted, wanted
+from diffusion_jax.measuring.metrics import FROZEN, Wanted, wanted
 from diffusion_jax.measuring.pictures import PictureSet, of_path, of_source, parts, some
 from diffusion_jax.measuring.reals import Lens, Real, measured, of_reference
 from diffusion_jax.measuring.stream import Gathered
 from diffusion_jax.training.data import size
+from diffusion_jax.training.generate import classes_of
 from diffusion_jax.typing import InputError
 
 SAMPLES = 50_000
 """How many samples are drawn unless n= says it, as for published distances."""
+FASHION_SAMPLES = 10_000
+"""The same for Fashion-MNIST: as many as there are test pictures, whose distance is the floor."""
 BITS_STEPS = 100
 
 
@@ -60,7 +63,8 @@ class Session:
 
 def open_session(experiment: Experiment, label: str, mesh: Mesh, options: Mapping[str, Any]) -> Session:
     """The network with its weights, and the real examples measured; InputError for bad input, before any work."""
-    want = wanted([name for name in options["metrics"] if name != "bits"], options["features"])
+    options = with_defaults(experiment, label, options)
+    want = wanted([name for name in options["metrics"] if name != "bits"], options["features"], options["judge"])
     images = of_path(options["images"]) if options["images"] else None
     if images is not None and "bits" in options["metrics"]:
         raise InputError("metrics: bits are those of a model, not of the pictures in images=")
@@ -71,8 +75,22 @@ def open_session(experiment: Experiment, label: str, mesh: Mesh, options: Mappin
     if want.metrics:
         shape = experiment.shape if images is None else images.shape
         lens = make_lens(options, shape[-1], mesh)
-        reals = _reals(experiment, label, lens, want, n, options)
+        reals = _reals(experiment, label, lens, want, n, options)._replace(shape=tuple(shape))
     return Session(experiment, label, mesh, options, want, lens, images, n, reals)
+
+
+def with_defaults(experiment: Experiment, label: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with what they leave open: the frozen protocol for experiments on Fashion-MNIST, FID for others."""
+    fashion = label.startswith("fashion_mnist") and options["features"] in ("", "fashion_mnist")
+    conditional = classes_of(experiment) is not None and not options["unconditional"] and not options["images"]
+    usual = tuple(name for name in FROZEN if conditional or name != "accuracy") if fashion else ("fid",)
+    return {
+        **options,
+        "features": options["features"] or ("fashion_mnist" if fashion else "inception"),
+        "metrics": options["metrics"] or usual,
+        "judge": ("pixels" if fashion else "features") if options["judge"] == "default" else options["judge"],
+        "n": options["n"] or (FASHION_SAMPLES if fashion and not options["images"] else None),
+    }
 
 
 def make_lens(options: Mapping[str, Any], channels: int, mesh: Mesh) -> Lens:
@@ -98,20 +116,23 @@ def of_run(session: Session, folder: Path) -> Iterator[tuple[dict[str, Any], Gat
     chosen = models.load(session.experiment, folder, session.mesh, options)
     for seed in range(options["seed"], options["seed"] + options["seeds"]):
         told = {**model.told, "average": models.average_of(chosen), "seeds": (seed,)}
-        yield told, look(session, model.draw(chosen.params, session.n, seed), f"samples of seed {seed}")
+        pictures = model.draw(chosen.params, session.n, seed)
+        yield told, look(session, pictures, f"samples of seed {seed}", model.labels(session.n))
 
 
 def of_images(session: Session) -> Iterator[tuple[dict[str, Any], Gathered]]:
     """The pictures of images=."""
     assert session.images is not None
-    pictures = parts(session.images, some(session.images, session.n))
-    yield {"sampler": f"pictures of {session.images.name}"}, look(session, pictures, session.images.name)
+    index, labels = some(session.images, session.n), session.images.labels
+    found = look(session, parts(session.images, index), session.images.name, None if labels is None else labels[index])
+    yield {"sampler": f"pictures of {session.images.name}"}, found
 
 
-def look(session: Session, pictures: Iterable[np.ndarray], what: str) -> Gathered:
-    """The features of n pictures that the metrics need."""
+def look(session: Session, pictures: Iterable[np.ndarray], what: str, labels: np.ndarray | None = None) -> Gathered:
+    """The features of n pictures that the metrics need; labels i[n] that they were asked for."""
     assert session.lens is not None
-    return session.lens.look(pictures, session.n, what, session.want.names, session.want.keep)
+    found = session.lens.look(pictures, session.n, what, session.want.names, session.want.keep)
+    return found._replace(labels=labels)
 
 
 def results(session: Session, told: dict[str, Any], samples: Gathered) -> tuple[list[Result], list[str]]:
@@ -179,7 +200,8 @@ def _part(lens: Lens, pictures: PictureSet, n: int, want: Wanted) -> Real:
     index = some(pictures, n)
     what = f"{len(index)} of {pictures.name}"
     found = lens.look(parts(pictures, index), len(index), what, want.names, want.keep)
-    return Real(pictures.name, "", len(index), found)
+    labels = None if pictures.labels is None else pictures.labels[index]
+    return Real(pictures.name, "", len(index), found._replace(labels=labels))
 
 
 def _texts(path: str, n: int) -> np.ndarray | None:

@@ -12,8 +12,9 @@ and a scatter matrix, and the features themselves only where a metric needs them
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -29,12 +30,19 @@ AHEAD = 2
 """Batches that are prepared before they are needed."""
 
 
+MOMENTS = ("pooled", "spatial")
+"""The features that are measured by their mean and covariance."""
+IMAGES = "images"
+"""The name of the pixels themselves, u8[n, h w c], which no network gives."""
+
+
 class Gathered(NamedTuple):
-    """What is known of a set of pictures: moments by name of the feature, and features f32[n, d] of those kept."""
+    """What is known of n pictures: moments of features by name, rows [n, d] of those kept, labels i[n] or None."""
 
     n: int
     moments: dict[str, Moments]
     kept: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
 
 
 def at_once(platform: str | None = None) -> int:
@@ -53,37 +61,34 @@ def feature_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The features `names` of pictures u8[k, h, w, c] that come in parts of any size: f32[m, d], in their order.
 
-    `batch` pictures on each device of the mesh, the parameters on all. InputError for pictures that the network does
-    not take, parts of different shapes, and names that it does not give.
+    `batch` pictures on each device of the mesh, the parameters on all. Among `names` may be IMAGES. InputError for
+    pictures that the network does not take, parts of different shapes, and names that it does not give.
     """
     rows, everywhere = split_axis(mesh), replicated(mesh)
     size = (batch or at_once()) * mesh.shape["data"]
 
-    def wanted(params: Params, images: Array) -> dict[str, Array]:
-        features = net.apply(params, images)
-        missing = [name for name in names if name not in features]
-        if missing:
-            raise InputError(f"{net.name} has no features {missing[0]!r}: it gives {', '.join(features)}")
-        return {name: features[name] for name in names}
-
-    program = jax.jit(on_mesh(wanted, mesh), out_shardings=rows)
+    program = _program(net, tuple(names), mesh)
     params = jax.device_put(params, everywhere)
     ready = _prepared(net, images, size)
 
-    def load() -> tuple[Array, int] | None:
+    def load() -> tuple[Array, np.ndarray] | None:
         found = next(ready, None)
         return found and (jax.device_put(found[0], rows), found[1])
 
+    def fetched(features: dict[str, Array], raw: np.ndarray) -> dict[str, np.ndarray]:
+        host = {name: np.asarray(value)[: len(raw)] for name, value in features.items()}
+        return host | ({IMAGES: raw.reshape(len(raw), -1)} if IMAGES in names else {})
+
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(load) for _ in range(AHEAD))
-        flying: deque[tuple[dict[str, Array], int]] = deque()
+        flying: deque[tuple[dict[str, Array], np.ndarray]] = deque()
         while (found := waiting.popleft().result()) is not None:
             waiting.append(thread.submit(load))
             flying.append((program(params, found[0]), found[1]))
             if len(flying) > 1:
-                yield _fetched(*flying.popleft())
+                yield fetched(*flying.popleft())
         while flying:
-            yield _fetched(*flying.popleft())
+            yield fetched(*flying.popleft())
 
 
 def gather(batches: Iterable[Mapping[str, np.ndarray]], keep: Sequence[str] = ()) -> Gathered:
@@ -95,7 +100,7 @@ def gather(batches: Iterable[Mapping[str, np.ndarray]], keep: Sequence[str] = ()
         for name, part in batch.items():
             if name in rows:
                 rows[name].append(part)
-            if name != "probabilities":
+            if name in MOMENTS:
                 more = moments([part])
                 total[name] = joined(total[name], more) if name in total else more
         n += len(next(iter(batch.values())))
@@ -104,13 +109,27 @@ def gather(batches: Iterable[Mapping[str, np.ndarray]], keep: Sequence[str] = ()
     return Gathered(n, total, {name: np.concatenate(parts) for name, parts in rows.items()})
 
 
-def _prepared(net: FeatureNet, images: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches ready for the devices, each of `size` pictures, and how many of these are real."""
+@lru_cache(maxsize=8)
+def _program(net: FeatureNet, names: tuple[str, ...], mesh: Mesh) -> Callable[[Params, Array], dict[str, Array]]:
+    """Compiled once for all sets of pictures."""
+
+    def wanted(params: Params, images: Array) -> dict[str, Array]:
+        features = net.apply(params, images)
+        missing = [name for name in names if name not in features and name != IMAGES]
+        if missing:
+            raise InputError(f"{net.name} has no features {missing[0]!r}: it gives {', '.join(features)}")
+        return {name: features[name] for name in names if name != IMAGES}
+
+    return jax.jit(on_mesh(wanted, mesh), out_shardings=split_axis(mesh))
+
+
+def _prepared(net: FeatureNet, images: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches ready for the devices, each of `size` pictures, and the pictures they are of, which may be fewer."""
     for part in _of_size(images, size):
         ready = net.prepare(part)
         if len(part) < size:
             ready = np.concatenate([ready, np.repeat(ready[-1:], size - len(part), axis=0)])
-        yield ready, len(part)
+        yield ready, part
 
 
 def _of_size(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -129,7 +148,3 @@ def _of_size(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             held, count = ([whole[full:]] if count > full else []), count - full
     if count:
         yield np.concatenate(held)
-
-
-def _fetched(features: dict[str, Array], count: int) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value)[:count] for name, value in features.items()}

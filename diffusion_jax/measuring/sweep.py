@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from diffusion_jax.arguments import Count, Natural
 from diffusion_jax.measuring.command import Precision, SamplerName
@@ -34,13 +34,14 @@ def sweep_options(
     steps: tuple[int, ...] = (),
     guidance: tuple[float, ...] = (),
     ema: tuple[float, ...] = (0.0,),
-    metrics: tuple[str, ...] = ("fid",),
+    metrics: tuple[str, ...] = (),
     n: Count | None = None,
     seed: Natural = 0,
     seeds: Count = 1,
-    features: str = "inception",
+    features: str = "",
     weights: str = "",
     precision: Precision = "highest",
+    judge: Literal["default", "features", "pixels"] = "default",
     reference: str = "",
     unconditional: bool = False,
     checkpoint: str = "newest",
@@ -60,12 +61,13 @@ def sweep_options(
         guidance: scales of classifier-free guidance; by default the experiment's.
         ema: relative widths of averages put together from the run's snapshots; 0 is the run's own average.
         metrics: as in make eval, but bits.
-        n: number of samples of each row; by default 50000.
+        n: number of samples of each row; by default 50000, or 10000 for Fashion-MNIST.
         seed: of the first set of samples.
         seeds: sets of samples of each row, from seed on.
         features: as in make eval.
         weights: the file of the network's weights, where it needs one; the error says which.
         precision: of the feature network's arithmetic.
+        judge: of c2st, as in make eval.
         reference: the real examples, as in make eval.
         unconditional: draw without classes from a class-conditional model.
         checkpoint: newest, best, or a step.
@@ -205,11 +207,11 @@ def _rest(opened: Session, checkpoint: str) -> dict[str, Any]:
     options = opened.options
     protocols = [protocol_of(opened.lens, m, opened.n, opened.reals, {}) for m in opened.want.metrics]
     references = sorted({(p.reference, p.reference_hash) for p in protocols})
-    p = protocols[0]
     return {
         "checkpoint": checkpoint, "unconditional": options["unconditional"], "metrics": list(opened.want.told),
         "n": opened.n, "seeds": [options["seed"], options["seeds"]], "batch": options["batch"],
-        "features": p.features, "features_hash": p.features_hash, "resize": p.resize,
+        "features": opened.lens.opened.net.name, "features_hash": opened.lens.opened.sha256,
+        "resize": opened.lens.opened.net.resize, "judge": options["judge"],
         "references": [list(r) for r in references],
     }  # fmt: skip
 
@@ -224,7 +226,8 @@ def _measured(opened: Session, model: Model, chosen: Any, settings: dict[str, An
     first, count = settings["seeds"]
     for seed in range(first, first + count):
         told = {**model.told, "average": models.average_of(chosen), "seeds": (seed,)}
-        samples = session.look(opened, model.draw(chosen.params, opened.n, seed), _point_text(settings))
+        pictures = model.draw(chosen.params, opened.n, seed)
+        samples = session.look(opened, pictures, _point_text(settings), model.labels(opened.n))
         runs.append(session.results(opened, told, samples)[0])
     device = f"{opened.mesh.size} x {jax.devices()[0].device_kind}"
     return Row(settings, tuple(evaluate.mean_over_seeds(runs)), seconds, device)

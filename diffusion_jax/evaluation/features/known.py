@@ -11,7 +11,6 @@ times for networks that take colour; the resize of their protocol then says so.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -133,9 +132,7 @@ def _for_channels(made: net.FeatureNet, channels: int) -> net.FeatureNet:
 
 
 def _fashion_mnist() -> dict[str, Known]:
-    # Imported late: the protocol is built on this package.
-    found = importlib.util.find_spec("diffusion_jax.evaluation.fashion_mnist")
-    if found is None or not fashion_mnist.WEIGHTS.is_file():
+    if not fashion_mnist.WEIGHTS.is_file():
         return {}
-    make = importlib.import_module("diffusion_jax.evaluation.fashion_mnist").fashion_mnist
-    return {"fashion_mnist": Known(lambda precision: make(), colour=False, own=fashion_mnist.WEIGHTS)}
+    made = fashion_mnist.fashion_mnist()
+    return {"fashion_mnist": Known(lambda precision: made, colour=False, own=fashion_mnist.WEIGHTS)}
