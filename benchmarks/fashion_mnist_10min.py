@@ -130,21 +130,18 @@ def pieces(place: Place) -> list[Piece]:
     size = SIZES[place.size]
     teacher = str(place.run(TEACHER, "conditional"))
     data = {"data_dir": place.data_dir} if place.data_dir else {}
-    made = [
-        _command(place, "train", TEACHER, "conditional", **size.teacher, **data),
-        _own_piece(place, "real"),
-        *(_own_piece(place, f"measure-conditional-{n}") for n in MODELS),
-        _command(place, "train", TEACHER, "unconditional", classes=False, **size.teacher, **data),
-        *(_own_piece(place, f"measure-unconditional-{n}") for n in MODELS),
-    ]
+    made = [_command(place, "train", TEACHER, "conditional", **size.teacher, **data)]
+    made.append(_command(place, "train", TEACHER, "unconditional", classes=False, **size.teacher, **data))
     for method, arguments in size.students.items():
         made.append(_command(place, "train", STUDENT, method, method=method, teacher=teacher, **arguments, **data))
-        made += [_own_piece(place, f"measure-{method}-{n}") for n in (1, 2)]
     own = place.out / "own"
     made += [
         _command(place, "sample", TEACHER, "conditional", n=size.own, seed=1000, format="npz", out=own),
         _command(place, "train", NEON, "neon", teacher=teacher, samples=own / "images.npz", **size.neon, **data),
         _command(place, "extrapolate", NEON, "neon", w=",".join(map(str, size.weights)), out=place.out / "neon"),
+        _own_piece(place, "real"),
+        *(_own_piece(place, f"measure-{model}-{n}") for model in ("conditional", "unconditional") for n in MODELS),
+        *(_own_piece(place, f"measure-{method}-{n}") for method in METHODS for n in (1, 2)),
         *(_own_piece(place, f"measure-neon={w}-35") for w in size.weights),
         _own_piece(place, "report"),
     ]
@@ -241,12 +238,8 @@ def look_at_real(place: Place) -> None:
 
     size, data = SIZES[place.size], tfds_images("fashion_mnist", place.data_dir or None)
     sets = [{k: np.asarray(v)[: size.real] for k, v in part.items()} for part in (data.train, data.test)]
-    seen = [protocol.look(part["image"], part["label"]) for part in sets]
-    arrays = {f"{name}_{i}": a for i, s in enumerate(seen) for name, a in s._asdict().items()}
-    with (place.out / "real.part").open("wb") as file:
-        np.savez(file, **arrays)
-    (place.out / "real.part").replace(place.out / "real.npz")
-    real = protocol.real_of(*seen)
+    real = protocol.real(*sets)
+    protocol.write_real(place.out / "real.npz", real)
     _save(place, "floor", [r for seed in range(size.seeds[0]) for r in protocol.floors(size.n, real, seed=seed)], {})
 
 
@@ -260,7 +253,7 @@ def measure(place: Place, name: str) -> None:
     from diffusion_jax.training.teacher import find_teacher
 
     _, model, number = name.split("-")
-    size, real = SIZES[place.size], _real(place)
+    size, real = SIZES[place.size], protocol.read_real(place.out / "real.npz")
     folder, options = _options(place, model, int(number))
     experiment, mesh = find_teacher(str(folder)).experiment, make_mesh(1)
     made = models.make_model(experiment, mesh, options)
@@ -303,16 +296,6 @@ def _drawn(made: Any, params: Any, n: int, seed: int) -> tuple[Any, float]:
         times.append(time.perf_counter())
     begin = 1 if len(parts) > 1 else 0
     return np.concatenate(parts), (times[-1] - times[begin]) / sum(len(p) for p in parts[begin:])
-
-
-def _real(place: Place) -> Any:
-    import numpy as np
-
-    from diffusion_jax.evaluation import fashion_mnist as protocol
-
-    with np.load(place.out / "real.npz") as file:
-        seen = [protocol.Seen(*(file[f"{name}_{i}"] for name in protocol.Seen._fields)) for i in range(2)]
-    return protocol.real_of(*seen)
 
 
 def _save(place: Place, name: str, found: list[Any], more: Mapping[str, Any]) -> None:
