@@ -29,8 +29,10 @@ lower (4), (5) mean copies. What each can be fooled by, as `python tools/fashion
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +104,31 @@ def real_of(train: Seen, test: Seen) -> Real:
     nearest = float(np.median(neighbours.nearest(test.features, train.features)[0]))
     hashes = tuple(sha256({"image": seen.images}) for seen in (train, test))
     return Real(train, test, moments([train.features]), nearest, (hashes[0], hashes[1]))
+
+
+def write_real(path: Path, real: Real) -> None:
+    """Keep the real pictures as they are seen, 60 MB, in a file that appears whole or not at all."""
+    arrays: dict[str, Any] = {"weights": np.asarray(classifier.SHA256)}
+    for name, seen in (("train", real.train), ("test", real.test)):
+        arrays |= {f"{name}.{field}": value for field, value in seen._asdict().items()}
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        np.savez(file, **arrays)
+    part.replace(path)
+
+
+def read_real(path: Path) -> Real:
+    """What `write_real` kept; InputError for a file of another kind, or of another classifier."""
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        train, test = (Seen(*(arrays[f"{name}.{field}"] for field in Seen._fields)) for name in ("train", "test"))
+        weights = str(arrays["weights"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} does not hold real pictures as `write_real` keeps them ({error})") from None
+    if weights != classifier.SHA256:
+        raise InputError(f"{path} was made with another classifier: remove it")
+    return real_of(train, test)
 
 
 def measure(

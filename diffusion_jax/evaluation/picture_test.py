@@ -4,8 +4,8 @@
 
 C is a 3x3 convolution, GN group normalization, pool the mean of 2 x 2 pixels. A test on the features of a network
 trained for something else sees only what that network kept; this one learns what tells these very samples from these
-very examples. AdamW with one cycle of the learning rate, always the same number of passes, no choice by held-out accuracy: so the
-accuracy of `two_sample.c2st` on its own fold stays honest.
+very examples. AdamW with one cycle of the learning rate, always the same number of passes, no choice by held-out
+accuracy: so the accuracy of `two_sample.c2st` on its own fold stays honest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTHS, GROUPS, AT_ONCE = (16, 32, 64), 8, 500
 
 
 def convolutional(
-    shape: Sequence[int], *, passes: int = 12, batch: int = 128, least: int = 150, rate: float = 3e-3
+    shape: Sequence[int], *, passes: int = 12, batch: int = 128, least: int = 100, rate: float = 3e-3
 ) -> Fit:
     """A judge (1) for `two_sample.c2st` of pictures u8[n, *shape] that were flattened.
 
