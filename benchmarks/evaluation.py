@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from diffusion_jax.evaluation.features import known
+from diffusion_jax.evaluation.features import networks
 from diffusion_jax.measuring.stream import feature_batches, gather
 from diffusion_jax.training.mesh import make_mesh, replicated, split_axis
 
@@ -33,7 +33,7 @@ def main() -> None:
     cpu = jax.default_backend() == "cpu"
     given = OPTIONS | (ON_A_CPU if cpu else {}) | dict(word.split("=", 1) for word in sys.argv[1:])
     n, batch, side, repeats = (int(given[name]) for name in ("n", "batch", "size", "repeats"))
-    net, mesh = known()[given["features"]].make(given["precision"]), make_mesh()
+    net, mesh = networks()[given["features"]].make(given["precision"]), make_mesh()
     params = jax.device_put(net.init(jax.random.key(0)), replicated(mesh))
     images = np.random.default_rng(0).integers(0, 256, (min(n, 2000), side, side, 3), dtype=np.uint8)
     whole = batch * mesh.shape["data"]

@@ -6,7 +6,7 @@ from diffusion_jax.evaluation.features.dinov2 import dinov2_features as dinov2_f
 from diffusion_jax.evaluation.features.dinov2 import dinov2_vitl14 as dinov2_vitl14
 from diffusion_jax.evaluation.features.inception import inception_v3 as inception_v3
 from diffusion_jax.evaluation.features.known import Opened as Opened
-from diffusion_jax.evaluation.features.known import known as known
+from diffusion_jax.evaluation.features.known import networks as networks
 from diffusion_jax.evaluation.features.known import open_features as open_features
 from diffusion_jax.evaluation.features.known import pixels as pixels
 from diffusion_jax.evaluation.features.net import FeatureNet as FeatureNet

@@ -77,7 +77,7 @@ def pixels() -> net.FeatureNet:
     return net.FeatureNet("pixels", "none", init, prepare, apply, load)
 
 
-def known() -> dict[str, Known]:
+def networks() -> dict[str, Known]:
     """All networks by name; that of Fashion-MNIST only where its weights are."""
     table = {
         "inception": Known(lambda precision: inception_v3("tensorflow", precision=precision), INCEPTION),
@@ -96,7 +96,7 @@ def open_features(name: str, weights: str = "", channels: int = 3, precision: st
 
     InputError for an unknown name, a missing or another network's file, and channels that the network does not take.
     """
-    table = known()
+    table = networks()
     if name not in table:
         raise InputError(f"features={name}: there are {', '.join(table)}")
     entry = table[name]
