@@ -15,6 +15,7 @@ OUT/README.md is the report, with its pictures beside it; OUT/runs holds the run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import signal
@@ -32,9 +33,11 @@ METHODS = ("ect", "meanflow")
 
 
 class Size(NamedTuple):
-    """How much of everything. n: samples of a measurement; seeds: of the table, and of everything else.
+    """How much of everything. own: samples to extrapolate from; weights: by how much.
 
-    real: pictures of the training set that are compared with, None for all. weights: of the extrapolation.
+    n: samples of a measurement; at_once: in a batch.
+    seeds: of the conditional model, and of all others. real: training pictures compared with, None for all.
+    unconditional: evaluations at which the unconditional model is measured.
     """
 
     teacher: dict[str, Any]
@@ -46,6 +49,7 @@ class Size(NamedTuple):
     at_once: int
     seeds: tuple[int, int] = (3, 3)
     real: int | None = None
+    unconditional: tuple[int, ...] = (5, 10, 18, 35)
 
 
 CPU = {"sample_every": 0, "checkpoint_every": 100, "dispatch": 1}
@@ -64,16 +68,17 @@ SIZES = {
     ),
     "cpu": Size(
         teacher={
-            "width": 16, "blocks": 1, "steps": 600, "batch": 32, "precision": "float32", "log_every": 20,
-            "learning_rate": 3e-3, "dropout": 0, "snapshot_every": 50, **CPU,
+            "width": 16, "blocks": 1, "steps": 250, "batch": 32, "precision": "float32", "log_every": 20,
+            "learning_rate": 3e-3, "dropout": 0, "snapshot_every": 25, **CPU,
         },
-        students={method: {"steps": 150, "batch": 32, "log_every": 10, **CPU} for method in METHODS},
+        students={method: {"steps": 60, "batch": 32, "log_every": 10, **CPU} for method in METHODS},
         neon={"steps": 20, "batch": 32, "log_every": 5, "dispatch": 1},
-        own=300,
+        own=200,
         weights=(0.5, 1.0, 2.0),
-        n=300,
+        n=250,
         at_once=50,
         seeds=(3, 1),
+        unconditional=(35,),
     ),
     "toy": Size(
         teacher={
@@ -140,7 +145,8 @@ def pieces(place: Place) -> list[Piece]:
         _command(place, "train", NEON, "neon", teacher=teacher, samples=own / "images.npz", **size.neon, **data),
         _command(place, "extrapolate", NEON, "neon", w=",".join(map(str, size.weights)), out=place.out / "neon"),
         _own_piece(place, "real"),
-        *(_own_piece(place, f"measure-{model}-{n}") for model in ("conditional", "unconditional") for n in MODELS),
+        *(_own_piece(place, f"measure-conditional-{n}") for n in MODELS),
+        *(_own_piece(place, f"measure-unconditional-{n}") for n in size.unconditional),
         *(_own_piece(place, f"measure-{method}-{n}") for method in METHODS for n in (1, 2)),
         *(_own_piece(place, f"measure-neon={w}-35") for w in size.weights),
         _own_piece(place, "report"),
@@ -166,6 +172,8 @@ def _own_piece(place: Place, name: str) -> Piece:
 def drive(made: list[Piece], out: Path, seconds: float | None, limit: float = LIMIT) -> int:
     """Do the pieces that are not done yet, each in bouts of at most `limit` seconds; the exit status."""
     (out / "pieces").mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ValueError):  # only the main thread may listen to signals
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     end = time.monotonic() + (seconds or float("inf"))
     for number, piece in enumerate(made, 1):
         done = out / "pieces" / f"{piece.name}.json"

@@ -83,7 +83,9 @@ def _fitted(rate: float, key: Key, images: np.ndarray, which: np.ndarray, rows: 
         def loss(params: Params) -> Array:
             return jnp.mean(optax.sigmoid_binary_cross_entropy(logit(params, _pixels(images)), which))
 
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        grads = jax.grad(loss)(params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax takes powers of floats to whole numbers
+            updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     params = init(key, images.shape[-1])
