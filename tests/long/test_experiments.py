@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = {
     "digits": {"width": 8},
     "fashion_mnist": {"width": 4, "precision": "bfloat16"},
+    "fashion_mnist_10min": {"width": 4, "blocks": 1},
     "cifar10": {"width": 4},
+    "cifar10_speedrun": {"width": 4, "blocks": 1},
     "cifar10_edm": {"width": 4, "blocks": 1},
     "cifar10_ddpmpp": {"width": 4, "blocks": 1},
     "folder": {"width": 4, "size": 16},
