@@ -1,16 +1,17 @@
 """Students that draw Fashion-MNIST in one or two evaluations, from a trained teacher or from the data alone.
 
     make train EXP=fashion_mnist_student ARGS="method=ect teacher=runs/fashion_mnist_10min/RUN"
-    make train EXP=fashion_mnist_student ARGS="method=meanflow teacher=runs/fashion_mnist_10min/RUN"
+    make train EXP=fashion_mnist_student ARGS="method=alphaflow teacher=runs/fashion_mnist_10min/RUN"
     make sample EXP=fashion_mnist_student ARGS="steps=1 n=100"
 
 Data: the teacher's. Its network, parameters, formulation and data are read from its run; any run in EDM's formulation
 will do, and no teacher means to train from scratch.
-Methods: easy consistency tuning (Geng et al. 2024, arXiv:2406.14548), MeanFlow (Geng et al. 2025, arXiv:2505.13447) and
-improved MeanFlow (Geng et al. 2025, arXiv:2512.02012), as `training/students.py` puts them; for MeanFlow the network
-gets a second time, which changes nothing at first. Two evaluations are a step to the noise level `middle` and one
-from there: of a consistency function with fresh noise in between, of an average velocity two jumps. A student of two
-times is still a teacher: sampler=heun draws from the flow inside it.
+Methods: ect, easy consistency tuning (Geng et al. 2024, arXiv:2406.14548); meanflow (Geng et al. 2025,
+arXiv:2505.13447); improved_meanflow (Geng et al. 2025, arXiv:2512.02012); alphaflow, MeanFlow by differences (Zhang et
+al. 2025, arXiv:2510.20771); as `training/students.py` puts them. For all but the first the network gets a second
+time, which changes nothing at first. Two evaluations are a step to the noise level `middle` and one from there: of a
+consistency function with fresh noise in between, of an average velocity two jumps. A student of two times is still a
+teacher: sampler=heun draws from the flow inside it.
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ import optax
 
 from diffusion_jax import consistency, draw_lognormal, heun, karras
 from diffusion_jax.arguments import Amount, Count, Natural
-from diffusion_jax.distill import adaptive_error, improved_mean_flow_loss, mean_flow_loss
+from diffusion_jax.distill import adaptive_error, improved_mean_flow_loss, mean_flow_loss, squared_error
 from diffusion_jax.experiment import Experiment, find_experiment
 from diffusion_jax.times import Draw
 from diffusion_jax.training import ema, students
@@ -37,7 +38,7 @@ LOSSES = {"meanflow": mean_flow_loss, "improved_meanflow": improved_mean_flow_lo
 
 def experiment(
     *,
-    method: Literal["ect", "meanflow", "improved_meanflow"] = "ect",
+    method: Literal["ect", "meanflow", "improved_meanflow", "alphaflow"] = "ect",
     teacher: str = "",
     teacher_ema: Amount | None = None,
     params: str = "",
@@ -63,7 +64,7 @@ def experiment(
     """A few-step student on Fashion-MNIST.
 
     Args:
-        method: ect learns a consistency function, meanflow and improved_meanflow an average velocity.
+        method: ect learns a consistency function, the others an average velocity.
         teacher: folder of the run to begin from; without one the student learns from the data alone.
         teacher_ema: begin from the average of this relative width, put together from the snapshots of the teacher.
         params: begin from the parameters in this file, of make average or an extrapolation.
@@ -72,10 +73,10 @@ def experiment(
         batch: pictures an update.
         learning_rate: the largest; it warms up over 100 steps and falls to a tenth by a cosine.
         dropout: in the residual blocks; by default the teacher's.
-        stages: how often ect halves the distance of its two times during the run.
+        stages: in how many of them ect and alphaflow halve the distance of their two times during the run.
         noise_mean: of the logarithm of the noise levels that are drawn in training.
         noise_std: their standard deviation.
-        apart: share of the examples of meanflow whose two times differ.
+        apart: share of the examples of an average velocity whose two times differ.
         middle: noise level between two evaluations.
         sample_steps: evaluations of the network for a picture.
         dispatch: steps sent to the device at once.
@@ -92,7 +93,8 @@ def experiment(
     if method == "ect":
         model = _consistency_function(base, draw, steps, stages, middle)
     else:
-        model = _average_velocity(known, LOSSES[method], draw, apart, middle)
+        both = students.draw_angles(draw, SPREAD, apart)
+        model = _average_velocity(known, middle) | _objective(method, both, steps, stages)
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps + 1, learning_rate / 10)
     return Experiment(
         data=base.data,
@@ -131,15 +133,22 @@ def _consistency_function(base: Experiment, draw: Draw, steps: int, stages: int,
     }
 
 
-def _average_velocity(known: Teacher, loss: Any, draw: Draw, apart: float, middle: float) -> dict[str, Any]:
+def _objective(method: str, both: Any, steps: int, stages: int) -> dict[str, Any]:
+    schedule = students.angular(SPREAD)
+    if method == "alphaflow":
+        objective = students.alpha_flow(schedule, both, steps, stages, squared_error)
+    else:
+        objective = students.mean_flow(schedule, both, partial(LOSSES[method], metric=adaptive_error()))
+    return {"objective": objective, "staged": method == "alphaflow"}
+
+
+def _average_velocity(known: Teacher, middle: float) -> dict[str, Any]:
     """What a student is whose network gets a second time."""
     schedule = students.angular(SPREAD)
-    both = students.draw_angles(draw, SPREAD, apart)
     return {
         "net": students.silent_vector(network_with(known, vector=2 * students.HARMONICS)),
         "schedule": schedule,
         "read": students.two_time_denoiser(known.experiment.read, SPREAD),
-        "objective": students.mean_flow(schedule, both, partial(loss, metric=adaptive_error())),
         "flow_map": students.flow_map_of(schedule),
         "sampler": heun(schedule),
         "times": lambda n: students.to_angle(_levels(n, middle), SPREAD),

@@ -17,7 +17,14 @@ size at all noise levels (Lu & Song 2024, arXiv:2410.11081, section 3),
 where x0' is what the network says at z / cos(a) and sigma = spread tan(a) when it is told of a - b as well, as the
 vector (cos 2k(a - b), sin 2k(a - b)), k = 1 ... n, and eps' is consistent with x0'. The last layer that the vector
 goes through starts at zero, so that (3) begins as the velocity of the teacher's flow, whatever b.
-MeanFlow (Geng et al. 2025, arXiv:2505.13447) then teaches it that u + (a - b) du/da = dz/da.
+MeanFlow (Geng et al. 2025, arXiv:2505.13447) then teaches it that u + (a - b) du/da = dz/da. That derivative is taken
+through the network's features of log(sigma), whose rate in a is 1 / (sin(a) cos(a)) of theirs: where those turn fast,
+as they do in a teacher that is told 250 log(sigma) / 4, the target is mostly the network's own noise. The difference
+
+    u(z_a, a, b) against sg(p v + (1 - p) u(z_m, m, b)),   m = a - p (a - b),   v = (z_a - z_m) / (a - m)         (4)
+
+of the same x0 and eps, weight 1 / p, is exact in the exact flow for every p in (0, 1], becomes MeanFlow as p -> 0, and
+is a contraction: alpha-Flow (Zhang et al. 2025, arXiv:2510.20771), whose alpha is p. Here p = 2^-stage, as in (1).
 """
 
 from __future__ import annotations
@@ -32,11 +39,13 @@ import jax.numpy as jnp
 from diffusion_jax.denoisers import BoundNet
 from diffusion_jax.distill import (
     AverageVelocity,
+    Metric,
     average_velocity_map,
     consistency_training_loss,
     easy_mapping,
     pseudo_huber,
 )
+from diffusion_jax.forward import q_sample
 from diffusion_jax.ops import bcast, fold, normal_like
 from diffusion_jax.predictions import from_x0, to_velocity
 from diffusion_jax.times import Draw
@@ -160,6 +169,32 @@ def mean_flow(schedule: Schedule, draw: Callable[[Key, int], tuple[Array, Array]
         t, s = draw(fold(key, 0), x0.shape[0])
         velocity = average_velocity(denoiser, schedule)
         return loss(velocity, schedule, x0, t, s, normal_like(fold(key, 1), x0), cond)
+
+    return objective
+
+
+def alpha_flow(
+    schedule: Schedule, draw: Callable[[Key, int], tuple[Array, Array]], steps: int, stages: int, metric: Metric
+) -> Objective:
+    """Equation (4) as a staged objective with p = 2^-stage; where no step is given, at the last stage.
+
+    Pairs of the two times are from `draw`; where they are the same, u is compared with the pair's velocity.
+    """
+
+    def objective(key: Key, denoiser: Denoiser, x0: Array, cond: Cond, step: Array | None = None) -> Array:
+        stage = stages - 1 if step is None else jnp.minimum(step * stages // steps, stages - 1)
+        t, s = draw(fold(key, 0), x0.shape[0])
+        eps = normal_like(fold(key, 1), x0)
+        p = jnp.where(t > s, jnp.exp2(-jnp.asarray(stage, jnp.float32)), 1.0)
+        x, end = (q_sample(schedule, x0, time, eps) for time in (t, s))
+        # Where p = 1 the inner time is s, which may be 0: there the network is asked at t instead, and not heard.
+        m = jnp.where(p < 1, t - p * (t - s), t)
+        x_m = q_sample(schedule, x0, m, eps)
+        secant = (x - jnp.where(bcast(p, x) < 1, x_m, end)) / bcast(jnp.where(t > s, p * (t - s), 1), x)
+        v = jnp.where(bcast(t, x) > bcast(s, x), secant, to_velocity(schedule, Prediction(x0, eps), t))
+        velocity = average_velocity(denoiser, schedule)
+        target = bcast(p, x) * v + bcast(1 - p, x) * velocity(x_m, m, s, cond)
+        return metric(velocity(x, t, s, cond) - jax.lax.stop_gradient(target)) / p
 
     return objective
 
