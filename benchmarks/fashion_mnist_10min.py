@@ -245,7 +245,8 @@ def look_at_real(place: Place) -> None:
     from diffusion_jax.training.sources import tfds_images
 
     size, data = SIZES[place.size], tfds_images("fashion_mnist", place.data_dir or None)
-    sets = [{k: np.asarray(v)[: size.real] for k, v in part.items()} for part in (data.train, data.test)]
+    parts: Any = (data.train, data.test)
+    sets = [{key: np.asarray(array)[: size.real] for key, array in part.items()} for part in parts]
     real = protocol.real(*sets)
     protocol.write_real(place.out / "real.npz", real)
     _save(place, "floor", [r for seed in range(size.seeds[0]) for r in protocol.floors(size.n, real, seed=seed)], {})

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,10 +82,12 @@ def test_weights_are_taken_from_the_file_that_ships_only(tmp_path, params):
     from diffusion_jax.weights import trees
 
     other = tmp_path / "other.npz"
-    np.savez(other, **{".".join(path): np.asarray(value) for path, value in trees.leaves(params)})
+    arrays: dict[str, Any] = {".".join(path): np.asarray(value) for path, value in trees.leaves(params)}
+    np.savez(other, **arrays)
     with pytest.raises(InputError, match=r"is not the frozen classifier.*sha256"):
         classifier.fashion_mnist().load(other)
-    np.savez(other, **{"conv_0_0.kernel": np.zeros(3)})
+    arrays = {"conv_0_0.kernel": np.zeros(3)}
+    np.savez(other, **arrays)
     with pytest.raises(InputError, match="does not hold the frozen classifier"):
         classifier.load(other)
     other.write_bytes(classifier.WEIGHTS.read_bytes()[:-100])
@@ -115,8 +118,8 @@ def test_the_classifier_knows_real_test_pictures():
         data = sources.tfds_images("fashion_mnist")
     except (InputError, OSError) as error:
         pytest.skip(f"Fashion-MNIST is not here: {error}")
-    assert data.test is not None
-    seen = protocol.look(data.test["image"], data.test["label"])
+    test: Any = data.test
+    seen = protocol.look(test["image"], test["label"])
     assert np.mean(seen.looks == seen.labels) >= 0.93
 
 

@@ -11,7 +11,7 @@ arXiv:1906.02629). Prints the accuracy on the real test set, and the sha256 that
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ def main(out: Path) -> None:
                 params = trees.nested({tuple(name.split(".")): value for name, value in arrays.items()})
         else:
             params = trained(params, data.train, cycle, i)
-            np.savez(file, **{".".join(path): np.asarray(value) for path, value in trees.leaves(params)})
+            flat: dict[str, Any] = {".".join(path): np.asarray(value) for path, value in trees.leaves(params)}
+            np.savez(file, **flat)
         print(f"cycle {i}: accuracy on the test set {accuracy(params, data.test):.4f}", flush=True)
     file.replace(out)
     print(f"sha256 {sha256(out)}")

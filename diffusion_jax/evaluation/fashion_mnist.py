@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +93,7 @@ def look(images: Any, labels: Any = None, params: Params | None = None) -> Seen:
     return Seen(images, labels, features, np.argmax(logits, axis=1))
 
 
-def real(train: Mapping[str, Any], test: Mapping[str, Any], params: Params | None = None) -> Real:
+def real(train: Any, test: Any, params: Params | None = None) -> Real:
     """The real pictures, {"image": u8[n, 28, 28, 1], "label": i[n]} of each set: minutes on a CPU, so keep it."""
     return real_of(look(train["image"], train["label"], params), look(test["image"], test["label"], params))
 
@@ -224,7 +223,7 @@ def _result(metric: str, value: Estimate, real: Real, n: int, told: dict[str, An
 def _part(seen: Seen, n: int, seed: int) -> Seen:
     """n of them at random, or all."""
     rows = np.random.default_rng(seed).permutation(len(seen.images))[:n]
-    return Seen(*(None if value is None else value[rows] for value in seen))
+    return Seen(*(None if value is None else value[rows] for value in seen))  # pyright: ignore[reportArgumentType]
 
 
 def _checked(labels: ArrayLike, n: int) -> np.ndarray:

@@ -58,15 +58,15 @@ def test_a_time_to_each_distance_comes_from_the_snapshots_of_one_run(tmp_path, m
     """CIFAR-10's speedrun on made-up pictures: train, then measure the average as it was at each snapshot."""
     monkeypatch.chdir(ROOT)
     rng = np.random.default_rng(0)
-    arrays = [
+    train, test = (
         {"image": rng.integers(0, 256, (n, 32, 32, 3), np.uint8), "label": np.zeros(n, np.int32)} for n in (48, 24)
-    ]
+    )
     arguments = {
         "width": 4, "blocks": 1, "steps": 6, "batch": 4, "precision": "float32", "dispatch": 2, "snapshot_every": 2,
         "sample_every": 0, "checkpoint_every": 3, "sample_steps": 2,
     }  # fmt: skip
     experiment = find_experiment("cifar10_speedrun")(**arguments)
-    experiment = replace(experiment, data=lambda: Data(*arrays, (), (32, 32, 3)))
+    experiment = replace(experiment, data=lambda: Data(train, test, (), (32, 32, 3)))
     folder = tmp_path / "cifar10_speedrun" / "rehearsal"
     fit(experiment, folder, {"experiment": "cifar10_speedrun", "arguments": arguments})
     assert {path.name for path in (folder / "averages").glob("*.npz")} == {
