@@ -79,7 +79,9 @@ def test_pictures_measure_like_the_run_that_drew_them(command, tmp_path):
     command("eval", *SMALL, f"images={tmp_path / 'images.npz'}", f"out={tmp_path / 'a.jsonl'}")
     command("reference", "features=pixels", f"out={tmp_path / 'r.npz'}")
     against = [f"reference={tmp_path / 'r.npz'}", f"out={tmp_path / 'b.jsonl'}", f"against={tmp_path / 'a.jsonl'}"]
-    assert command("eval", *SMALL, *against)[-1].startswith("fd +0 against")
+    difference = command("eval", *SMALL, *against)[-1].split()
+    assert difference[0] == "fd"
+    assert float(difference[1]) == pytest.approx(0, abs=1e-9)
     other = command("eval", "features=pixels", "n=30", *against, code=2)
     assert other == "error: these results cannot be compared, they differ in n: 30 and 40"
 
