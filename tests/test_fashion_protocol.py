@@ -40,12 +40,14 @@ def slow_features(params, x):
             mean, var = groups.mean(axis=(0, 1, 3), keepdims=True), groups.var(axis=(0, 1, 3), keepdims=True)
             y = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(y.shape) * p["scale"] + p["bias"]
             x = y / (1 + np.exp(-y))
-    return x.mean(axis=(0, 1))
+    y = x.reshape(-1) @ np.asarray(params["dense"]["kernel"], float) + np.asarray(params["dense"]["bias"], float)
+    return y / (1 + np.exp(-y))
 
 
 @pytest.fixture(scope="module")
 def params():
     made = jax.jit(classifier.init)(jax.random.key(3))
+    made["dense"]["kernel"] += 0.01 * jax.random.normal(jax.random.key(5), made["dense"]["kernel"].shape)
     made["linear"]["kernel"] = jax.random.normal(jax.random.key(4), (128, 10))
     return made
 

@@ -1,12 +1,13 @@
 """The frozen classifier of Fashion-MNIST, whose features stand where FID has Inception's.
 
-Five 3x3 convolutions with group normalization (GN, 8 groups) and SiLU, a mean over the pixels, and a linear layer:
+Five 3x3 convolutions with group normalization (GN, 8 groups) and SiLU, and two linear layers:
 
-    h = silu GN C_32 x,   pool,   silu GN C_64 silu GN C_64 h,   pool,   the same with C_128                     (1)
-    features = mean over pixels of h                                                             f32[b, 128]     (2)
-    logits = W features + b                                                                      f32[b, 10]      (3)
+    h = silu GN C_32 x,   pool,   silu GN C_64 silu GN C_64 h,   pool,   the same with C_128       f32[b, 7, 7, 128] (1)
+    features = silu(U h + u),   U over all places and channels                                     f32[b, 128]       (2)
+    logits = W features + w                                                                        f32[b, 10]        (3)
 
-x are pixels in [-1, 1]; pool halves the size by the mean of neighbours. The weights ship with the package; they were
+x are pixels in [-1, 1]; pool halves the size by the mean of neighbours. As U weighs each place for itself, the features
+know where things are; a mean over the pixels would not. The weights ship with the package; they were
 made by `python tools/train_fashion_classifier.py`, with the real training set and fixed seeds, and never change: a
 number measured in other features is another number.
 """
@@ -26,9 +27,9 @@ from diffusion_jax.nets import layers
 from diffusion_jax.typing import Array, InputError, Key, Params
 from diffusion_jax.weights import trees
 
-SHAPE, CLASSES, STAGES, GROUPS = (28, 28, 1), 10, ((32,), (64, 64), (128, 128)), 8
+SHAPE, CLASSES, STAGES, GROUPS, PLACES = (28, 28, 1), 10, ((32,), (64, 64), (128, 128)), 8, 49
 WEIGHTS = Path(__file__).parent / "fashion_mnist.npz"
-SHA256 = "PENDING"
+SHA256 = "66cf6065a93d7f45b79e4644bee26ac7ab0032c1ed5a135e279efa6704a2984f"
 """Of that file: `load` takes no other."""
 
 
@@ -70,6 +71,8 @@ def init(key: Key) -> Params:
             kernel = jax.random.normal(jax.random.fold_in(key, 2 * i + j), (3, 3, n, width)) * jnp.sqrt(2 / (9 * n))
             params[f"conv_{i}_{j}"] = {"kernel": kernel, "scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
             n = width
+    # The dense layer begins as the mean over the places.
+    params["dense"] = {"kernel": jnp.tile(jnp.eye(n) / PLACES, (PLACES, 1)), "bias": jnp.zeros((n,))}
     params["linear"] = {"kernel": jnp.zeros((n, CLASSES)), "bias": jnp.zeros((CLASSES,))}
     return params
 
@@ -79,15 +82,21 @@ def pixels(images: Array) -> Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def hidden(params: Params, x: Array) -> Array:
-    """Equation (2) of pixels in [-1, 1]: f32[b, 28, 28, 1] -> f32[b, 128]."""
+def convolved(params: Params, x: Array) -> Array:
+    """Equation (1) of pixels in [-1, 1]: f32[b, 28, 28, 1] -> f32[b, 7, 7, 128]."""
     for i, widths in enumerate(STAGES):
         if i:
             x = layers.average_pool(x)
         for j in range(len(widths)):
             p = params[f"conv_{i}_{j}"]
             x = layers.group_norm(layers.conv(x, p["kernel"]), p["scale"], p["bias"], GROUPS, 1e-5)
-    return jnp.mean(x, axis=(1, 2))
+    return x
+
+
+def hidden(params: Params, x: Array) -> Array:
+    """Equation (2) of pixels in [-1, 1]: f32[b, 28, 28, 1] -> f32[b, 128]."""
+    flat = jnp.reshape(convolved(params, x), (x.shape[0], -1))
+    return jax.nn.silu(jnp.matmul(flat, params["dense"]["kernel"]) + params["dense"]["bias"][None, :])
 
 
 def logits(params: Params, hidden: Array) -> Array:
