@@ -16,8 +16,9 @@ import toy
 
 import diffusion_jax as dj
 from diffusion_jax.denoisers import edm_precondition
-from diffusion_jax.distill import adaptive_error, improved_mean_flow_loss, mean_flow_loss, pseudo_huber
+from diffusion_jax.distill import improved_mean_flow_loss, mean_flow_loss, pseudo_huber, squared_error
 from diffusion_jax.experiment import find_experiment, initial_state
+from diffusion_jax.forward import q_sample
 from diffusion_jax.nets import mlp
 from diffusion_jax.training import checkpoint, ema, students
 from diffusion_jax.training.generate import example_keys, make_draw
@@ -237,65 +238,104 @@ def test_networks_without_a_vector_or_with_more_are_refused(networks):
 # Trained students ----------------------------------------------------------------------------------------------------
 
 
-def trained(net, objective, read, steps, rate=3e-3, batch=256, staged=False):
-    """The average of a student's parameters; its network begins as the exact teacher."""
+def trained(net, objective, read, steps=1500, rate=3e-3, batch=256):
+    """The first parameters of a student, whose network begins as the exact teacher, and their average at the end."""
     optimizer = toy.lenient(optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99))
 
     def loss(params, batch, key, **step):
         x0 = S * dj.normal_like(jax.random.fold_in(key, 7), batch["image"])
         return jnp.mean(objective(key, read(partial(net.apply, params)), x0, None, **step))
 
-    step = make_train_step(loss, optimizer, ema.power_function(0.1), staged=staged)
+    step = make_train_step(loss, optimizer, ema.power_function(0.1), staged=True)
     state = init_state(jax.random.key(0), net, optimizer)
     image = {"image": jnp.zeros((batch, 1))}
     run = jax.jit(lambda state: jax.lax.scan(lambda s, _: (step(s, image)[0], None), state, None, steps)[0])
     return state.params, run(state).ema
 
 
-def error_of_jump(jump, high, x):
-    """Root mean square distance of a jump from `high` noise to none from the exact one, in deviations of the data."""
-    exact = S * x / np.sqrt(S**2 + high**2)
-    return float(jnp.sqrt(jnp.mean((jump(x) - exact) ** 2))) / S
+def consistency_student(steps=1500):
+    net = mlp(1, width=32, blocks=1)
+
+    def jump(params, x, high):
+        return read(partial(net.apply, params))(x, jnp.full((len(x),), high)).x0
+
+    return jump, *trained(net, students.easy_consistency(EDM, dj.draw_lognormal(-0.5, 2.0), steps, 7), read, steps)
 
 
-@pytest.mark.parametrize("high", [80.0, 0.8])
-@pytest.mark.parametrize("method", ["ect", "meanflow", "improved_meanflow"])
-def test_one_step_of_a_trained_student_is_the_teachers_flow(method, high, students_trained):
-    jump, before, after = students_trained(method)
-    x = jnp.linspace(-2, 2, 21)[:, None] * np.sqrt(S**2 + high**2)
-    first, last = (error_of_jump(partial(jump, params, high=high), high, x) for params in (before, after))
-    print(f"{method} from {high}: {first:.3f} -> {last:.3f}")
-    assert last < 0.12
-    assert last < 0.3 * first
+def average_student(steps=1500):
+    net = students.silent_vector(mlp(1, width=64, blocks=1, vector=2 * students.HARMONICS))
+    both = students.two_time_denoiser(read, SPREAD)
+    draw = students.draw_angles(dj.draw_lognormal(-0.5, 2.0), SPREAD)
+
+    def jump(params, x, high):
+        a = jnp.full((len(x),), students.to_angle(jnp.float32(high), SPREAD))
+        move = students.flow_map_of(ANGLES)(both(partial(net.apply, params)))
+        return move(jnp.cos(a)[:, None] * x, a, jnp.zeros_like(a), None)
+
+    return jump, *trained(net, students.alpha_flow(ANGLES, draw, steps, 4, squared_error), both, steps)
 
 
-@pytest.fixture(scope="module")
-def students_trained():
-    known = {}
+@pytest.mark.parametrize("make", [consistency_student, average_student])
+def test_one_step_of_a_trained_student_is_the_teachers_flow(make):
+    """Root mean square distance from the exact map, in deviations of the data, from two noise levels to none."""
+    jump, before, after = make()
+    for high in (80.0, 0.8):
+        x = jnp.linspace(-2, 2, 21)[:, None] * np.sqrt(S**2 + high**2)
+        exact = S * x / np.sqrt(S**2 + high**2)
+        first, last = (float(jnp.sqrt(jnp.mean((jump(p, x, high) - exact) ** 2))) / S for p in (before, after))
+        print(f"{make.__name__} from {high}: {first:.3f} -> {last:.3f}")
+        assert last < 0.9 * first
+        assert last < 0.25
 
-    def train(method):
-        if method == "ect":
-            net = mlp(1, width=32, blocks=1)
-            objective = students.easy_consistency(EDM, dj.draw_lognormal(-0.5, 2.0), 1500, 7)
 
-            def jump(params, x, high):
-                return read(partial(net.apply, params))(x, jnp.full((len(x),), high)).x0
+@pytest.mark.parametrize("stage", [1, 3, 6])
+def test_the_exact_average_velocity_is_the_target_of_alpha_flow(stage):
+    """For data of one point all pairs lie on the flow, so that equation (4) holds example by example."""
+    x0, point = jnp.full((64, 2), 0.3), 0.3
 
-            return jump, *trained(net, objective, read, 1500, staged=True)
-        net = students.silent_vector(mlp(1, width=32, blocks=1, vector=2 * students.HARMONICS))
-        both = students.two_time_denoiser(read, SPREAD)
-        loss = {"meanflow": mean_flow_loss, "improved_meanflow": improved_mean_flow_loss}[method]
-        draw = students.draw_angles(dj.draw_lognormal(-0.5, 2.0), SPREAD)
-        objective = students.mean_flow(ANGLES, draw, partial(loss, metric=adaptive_error()))
+    def denoiser(x, t, cond):
+        s = cond[1] if isinstance(cond, tuple) else t
+        a, b = t[:, None], s[:, None]
+        eps = (x - jnp.cos(a) * point) / (SPREAD * jnp.sin(a))
+        velocity = SPREAD * jnp.cos(a) * eps - jnp.sin(a) * point
+        end = jnp.cos(b) * point + SPREAD * jnp.sin(b) * eps
+        return dj.from_velocity(ANGLES, x, t, jnp.where(a > b, (x - end) / jnp.where(a > b, a - b, 1), velocity))
 
-        def jump(params, x, high):
-            a = jnp.full((len(x),), students.to_angle(jnp.float32(high), SPREAD))
-            move = students.flow_map_of(ANGLES)(both(partial(net.apply, params)))
-            return move(jnp.cos(a)[:, None] * x, a, jnp.zeros_like(a), None)
+    draw = students.draw_angles(dj.draw_lognormal(-0.5, 1.0), SPREAD)
+    objective = students.alpha_flow(ANGLES, draw, 10, stage, squared_error)
+    losses = objective(jax.random.key(0), denoiser, x0, None)
+    assert float(jnp.max(losses)) < 1e-6
+    off = students.alpha_flow(ANGLES, draw, 10, stage, squared_error)(
+        jax.random.key(0), lambda x, t, c: dj.from_x0(ANGLES, x, t, 1.1 * denoiser(x, t, c).x0), x0, None
+    )
+    assert float(jnp.mean(off)) > 1e-3
 
-        return jump, *trained(net, objective, both, 1500)
 
-    return lambda method: known.setdefault(method, None) or known.update({method: train(method)}) or known[method]
+@pytest.mark.parametrize("loss", [mean_flow_loss, improved_mean_flow_loss])
+def test_the_objective_of_mean_flow_is_its_loss_at_the_drawn_angles(loss, networks):
+    """With the derivative taken through angle, noise level and vector: against central differences."""
+    silent, more = networks[2], shaken(networks[3], 0.1)
+    velocity = students.average_velocity(
+        students.two_time_denoiser(lambda net: edm_precondition(net, EDM, S), SPREAD)(partial(silent.apply, more)),
+        ANGLES,
+    )
+    seen = []
+
+    def draw(key, n):
+        seen.append((jnp.asarray([1.2, 0.9, 0.5]), jnp.asarray([0.0, 0.3, 0.5])))
+        return seen[0]
+
+    x0, key = jnp.asarray([[0.3, -0.2], [0.1, 0.5], [-0.4, 0.2]]), jax.random.key(3)
+    denoiser = students.two_time_denoiser(lambda net: edm_precondition(net, EDM, S), SPREAD)(
+        partial(silent.apply, more)
+    )
+    given = students.mean_flow(ANGLES, draw, partial(loss, metric=squared_error))(key, denoiser, x0, None)
+    (t, s), eps, h = seen[0], dj.normal_like(jax.random.fold_in(key, 1), x0), 1e-2
+    z, v = q_sample(ANGLES, x0, t, eps), dj.to_velocity(ANGLES, dj.Prediction(x0, eps), t)
+    along = v if loss is mean_flow_loss else velocity(z, t, t)
+    du = (velocity(z + h * along, t + h, s) - velocity(z - h * along, t - h, s)) / (2 * h)
+    expected = squared_error(velocity(z, t, s) - v + (t - s)[:, None] * du)
+    np.testing.assert_allclose(given, expected, rtol=2e-2, atol=1e-4)
 
 
 # The experiment ------------------------------------------------------------------------------------------------------
@@ -323,7 +363,7 @@ def test_a_teacher_that_cannot_be_used_is_one_clear_error(tmp_path, in_root, rec
         find_experiment("fashion_mnist_student")(teacher=str(tmp_path), **arguments)
 
 
-@pytest.mark.parametrize("method", ["ect", "meanflow"])
+@pytest.mark.parametrize("method", ["ect", "alphaflow"])
 def test_a_student_has_its_teachers_network_and_parameters(tmp_path, in_root, method):
     """The arguments of the run, and what is in a file; a file of another network is refused before all else."""
     write_record(tmp_path / "experiment.json", {"experiment": "fashion_mnist", "arguments": {"width": 8}})

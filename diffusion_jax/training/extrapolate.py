@@ -4,17 +4,17 @@ A model of parameters theta is trained for a short while on samples of its own, 
 
     theta_w = (1 + w) theta - w theta_self = theta + w (theta - theta_self)                                     (1)
 
-(Neon; Alemohammad et al. 2025, arXiv:2510.03597). A sampler that draws from a narrower law than the model's, as one of
-few steps does, makes the two gradients point apart: that on its own samples away from the data, so that (1) goes
-towards it. For w = 0 nothing changes; w = -1 is theta_self.
+(Neon; Alemohammad et al. 2025, arXiv:2510.03597). A sampler that draws from another law than the model's, as one of few
+steps does, makes training on its samples go the way of the sampler's error, so that (1) goes against it. For w = 0
+nothing changes; w = -1 is theta_self.
 
-Gaussian data of variance v, a model that knows v, and a sampler that draws k v, k < 1, show it. Training on the samples
+Gaussian data of variance v, a model that knows v, and a sampler that draws k v, too narrow or too wide, show it. Training on the samples
 moves the model to v_self = v + h (k - 1) v with a rate h in (0, 1], so that by (1) it has, and draws,
 
     v_w = v (1 + w h (1 - k)),   k v_w,   which is v for w = 1 / (k h)                                          (2)
 
 The distance of k v_w from v falls from w = 0 until there, however good the model was: what is mended is the sampler's
-error. A sampler that widens its law needs w < 0, and one that is exact nothing. What w is best has to be measured:
+error; where it has none, k = 1, nothing moves. What w is best has to be measured:
 
     d(w) = d_0 + c (w - w_best)^2   about its minimum, from measured distances d by least squares               (3)
 
