@@ -308,7 +308,7 @@ def test_the_exact_average_velocity_is_the_target_of_alpha_flow(stage):
     off = students.alpha_flow(ANGLES, draw, 10, stage, squared_error)(
         jax.random.key(0), lambda x, t, c: dj.from_x0(ANGLES, x, t, 1.1 * denoiser(x, t, c).x0), x0, None
     )
-    assert float(jnp.mean(off)) > 1e-3
+    assert float(jnp.mean(off)) > 1e-4
 
 
 @pytest.mark.parametrize("loss", [mean_flow_loss, improved_mean_flow_loss])

@@ -8,8 +8,9 @@ A model of parameters theta is trained for a short while on samples of its own, 
 steps does, makes training on its samples go the way of the sampler's error, so that (1) goes against it. For w = 0
 nothing changes; w = -1 is theta_self.
 
-Gaussian data of variance v, a model that knows v, and a sampler that draws k v, too narrow or too wide, show it. Training on the samples
-moves the model to v_self = v + h (k - 1) v with a rate h in (0, 1], so that by (1) it has, and draws,
+Gaussian data of variance v, a model that knows v, and a sampler that draws k v, too narrow or too wide, show it.
+Training on the samples moves the model to v_self = v + h (k - 1) v with a rate h in (0, 1], so that by (1) it has, and
+draws,
 
     v_w = v (1 + w h (1 - k)),   k v_w,   which is v for w = 1 / (k h)                                          (2)
 
