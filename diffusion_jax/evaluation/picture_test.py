@@ -75,9 +75,22 @@ def _pixels(images: Array) -> Array:
 
 def _fitted(rate: float, key: Key, images: np.ndarray, which: np.ndarray, rows: np.ndarray) -> Params:
     """The parameters after one update for each row of indices."""
-    optimizer = optax.adamw(optax.cosine_onecycle_schedule(len(rows), rate, 0.2), weight_decay=0.05)
+    optimizer, update = _learning(rate, len(rows))
+    params = init(key, images.shape[-1])
+    state = optimizer.init(params)
+    for row in rows:
+        params, state = update(params, state, images[row], which[row])
+    return params
 
-    # One program for each update: XLA's convolutions on CPUs take ten times as long within a loop of its own.
+
+@lru_cache(maxsize=8)
+def _learning(rate: float, steps: int) -> tuple[optax.GradientTransformation, Any]:
+    """The optimizer of so many steps and its update, compiled once for all folds and seeds.
+
+    One program for each update: XLA's convolutions on CPUs take ten times as long within a loop of its own.
+    """
+    optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, rate, 0.2), weight_decay=0.05)
+
     @jax.jit
     def update(params: Params, state: Any, images: Array, which: Array) -> tuple[Params, Any]:
         def loss(params: Params) -> Array:
@@ -88,11 +101,7 @@ def _fitted(rate: float, key: Key, images: np.ndarray, which: np.ndarray, rows: 
             updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = init(key, images.shape[-1])
-    state = optimizer.init(params)
-    for row in rows:
-        params, state = update(params, state, images[row], which[row])
-    return params
+    return optimizer, update
 
 
 @lru_cache(maxsize=1)
