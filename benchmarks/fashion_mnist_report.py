@@ -138,6 +138,15 @@ def _axes(count: int, width: float = 8.0) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _plain(axis: Any) -> None:
+    """Numbers as they are beside a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _curves(out: Path) -> None:
     """Loss of training and of held-out pictures against pictures seen."""
     figure, axes = _axes(2)
@@ -150,6 +159,7 @@ def _curves(out: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 20 else "")
     for axis, title in zip(axes, ("loss, training", "loss, held-out pictures"), strict=True):
         axis.set(title=title, xlabel="pictures seen", yscale="log")
+        _plain(axis)
         axis.title.set_color(INK)
     axes[0].legend(frameon=False)
     figure.savefig(out / "curves.png", dpi=90)
@@ -173,6 +183,7 @@ def _quality(out: Path, found: Mapping[str, Found], floor: Found, n: int) -> Non
         axis.minorticks_off()
         axis.title.set_color(INK)
     axes[0].set_yscale("log")
+    _plain(axes[0])
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(out / "quality.png", dpi=90)
 
