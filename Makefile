@@ -70,7 +70,8 @@ test: $(READY)
 
 # Slow proofs, those of tests/long among them: killed runs, flat memory, real archives, several devices, trained models.
 test-long: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile -m slow tests tests/long $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile tests/long $(ARGS)
 
 # Against PyTorch and diffusers, in an environment of their own.
 test-parity: $(VENV)-parity/ready

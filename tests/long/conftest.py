@@ -1,15 +1,7 @@
 """One compilation cache for all processes of a session, and JAX's own rules of promotion, which commands run under."""
 
-from pathlib import Path
-
 import jax
 import pytest
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
