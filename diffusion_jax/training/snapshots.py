@@ -4,8 +4,8 @@ runs/NAME/RUN/averages/0001000-0.05.npz      sigma_rel 0.05 after 1,000 updates:
 
 Half precision is what the paper keeps them in (Karras et al. 2024, arXiv:2312.02696, section 3.2); it rounds a weight
 by less than bfloat16 does when the network computes. Arrays of fewer than `SMALL` elements stay float32: they cost
-nothing, and some, such as the random frequencies of a time embedding, are multiplied by large numbers. The files are complete or absent, and NumPy alone can read them,
-which checks the checksum of each array.
+nothing, and some, such as the random frequencies of a time embedding, are multiplied by large numbers. The files are
+complete or absent, and NumPy alone can read them, which checks the checksum of each array.
 """
 
 from __future__ import annotations
