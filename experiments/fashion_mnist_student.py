@@ -12,6 +12,12 @@ al. 2025, arXiv:2510.20771); as `training/students.py` puts them. For all but th
 time, which changes nothing at first. Two evaluations are a step to the noise level `middle` and one from there: of a
 consistency function with fresh noise in between, of an average velocity two jumps. A student of two times is still a
 teacher: sampler=heun draws from the flow inside it.
+
+Measured at toy size only, on a busy processor, one seed, 1,000 samples, Frechet distance in the features of
+fashion_mnist (held-out data: 4.4). The teacher, EXP=fashion_mnist with width=8 batch=32 learning_rate=3e-3 dropout=0,
+stopped at step 1,736 of 2,000: 170 at 35 evaluations. ect from it with batch=32 learning_rate=1e-3 stages=5, stopped
+at step 371 of 500: 214 at one evaluation (1.26 times the teacher's), 153 at two (0.90 times). That says that the chain
+works, and nothing of what a good teacher's student reaches. The average velocities have not been measured on pictures.
 """
 
 from functools import partial
