@@ -98,6 +98,7 @@ def test_an_average_in_a_file_is_the_one_put_together(command, trained, tmp_path
     assert "is of another network" in command("eval", *SMALL, f"params={tmp_path / 'wrong.npz'}", code=2)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(command, trained, tmp_path):
     words = [*SMALL, "metrics=fid", "sampler=ddim,heun", "ema=0,0.08", f"out={tmp_path}"]
     first = command("sweep", *words, "steps=2")
@@ -114,6 +115,7 @@ def test_a_sweep_goes_on_where_it_stopped(command, trained, tmp_path):
     assert json.loads(more[-1])["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_bits_are_of_held_out_pictures(command, tmp_path):
     said = command("eval", "metrics=bits", "n=16", "batch=16", f"out={tmp_path / 'a.jsonl'}")
     assert "reference=small test(360)" in said[0]

@@ -136,6 +136,7 @@ def stripes(rng, n):
     return 128 + 30 * (sign[:, None, None] * either[rng.integers(0, 2, n)]).reshape(n, 64)
 
 
+@pytest.mark.slow
 def test_the_judge_tells_what_has_the_same_two_moments():
     # A Gaussian with the moments of stripes: every distance of two moments is 0 for it.
     rng = np.random.default_rng(0)
@@ -144,6 +145,7 @@ def test_the_judge_tells_what_has_the_same_two_moments():
     assert c2st(x, gaussian, fit=judge, folds=2).value > 0.95
 
 
+@pytest.mark.slow
 def test_the_judge_is_at_chance_between_equal_laws():
     rng = np.random.default_rng(1)
     noise = [np.clip(rng.normal(128, 40, (300, 64)), 0, 255) for _ in range(2)]
@@ -151,6 +153,7 @@ def test_the_judge_is_at_chance_between_equal_laws():
     assert abs(found.value - 0.5) < 4 * found.standard_error
 
 
+@pytest.mark.slow
 def test_the_judge_is_the_same_each_time_and_another_with_another_seed():
     rng = np.random.default_rng(2)
     x, which = np.clip(rng.normal(128, 40, (60, 64)), 0, 255), np.repeat([0, 1], 30)
@@ -167,6 +170,7 @@ def values(found):
     return {result.metric: result.value for result in found}
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_plain_functions(params, blobs, real):
     images, labels = blobs[0][300:], blobs[1][300:]
     found = values(protocol.measure(images, labels, real, params=params))
@@ -178,6 +182,7 @@ def test_numbers_are_those_of_the_plain_functions(params, blobs, real):
     assert found["authenticity"] == pytest.approx(authenticity(y, x))
 
 
+@pytest.mark.slow
 def test_copies_are_found_and_held_out_pictures_are_none(params, real):
     copies = protocol.measure(real.train.images[:60], None, real, params=params)
     assert values(copies)["copy"] < 1e-3
@@ -191,6 +196,7 @@ def test_copies_are_found_and_held_out_pictures_are_none(params, real):
     assert held_out["accuracy"] == np.mean(real.test.looks == real.test.labels)
 
 
+@pytest.mark.slow
 def test_results_say_their_protocol_and_numbers_of_another_n_are_not_compared(params, real):
     told = {"sampler": "heun in 18 steps", "evaluations": 35, "seeds": (4,)}
     whole, part = (protocol.measure(real.test.images[:n], None, real, params=params, **told) for n in (60, 40))

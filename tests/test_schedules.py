@@ -316,6 +316,7 @@ def test_learned_falls_between_its_ends_and_has_gradients(x64):
     assert np.abs(expected).min() > 1e-6 and abs(low) > 1e-3
 
 
+@pytest.mark.slow
 def test_learned_can_become_another_schedule(x64):
     """Gradient steps on the parameters reach the log SNR of cosine(0) inside; the start is far from it."""
     t = jnp.linspace(0.02, 0.98, 97)

@@ -76,6 +76,7 @@ def test_parameters_of_another_network_are_refused_by_name(small, change):
         init_state(jax.random.key(0), small.net, optax.sgd(0.1), params=given)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_begin_again(small, tmp_path, monkeypatch):
     """Bit for bit the uninterrupted one; `start` is asked once."""
     monkeypatch.setattr("diffusion_jax.training.loop._finish", lambda run, state: {"step": int(state.step)})
@@ -275,6 +276,7 @@ def average_student(steps=1500):
     return jump, *trained(net, students.alpha_flow(ANGLES, draw, steps, 4, squared_error), both, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [consistency_student, average_student])
 def test_one_step_of_a_trained_student_is_the_teachers_flow(make):
     """Root mean square distance from the exact map, in deviations of the data, from two noise levels to none."""

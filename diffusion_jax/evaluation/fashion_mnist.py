@@ -49,6 +49,8 @@ from diffusion_jax.evaluation.two_sample import c2st
 from diffusion_jax.typing import InputError, Params
 
 AT_ONCE, ROWS, NAN = 500, 512, float("nan")
+FOLDS = 2
+"""Of the two-sample test: each trains a network of its own."""
 JUDGE = "pixels, convolutional network of 3 layers"
 METRICS = ("fd", "kd", "c2st", "copy", "authenticity", "accuracy")
 
@@ -191,7 +193,7 @@ def _measured(x: Seen, real: Real, test: Seen | None, seed: int, told: dict[str,
 
 def _told_apart(x: Seen, y: Seen, seed: int) -> Estimate:
     flat = [np.reshape(seen.images, (len(seen.images), -1)) for seen in (x, y)]
-    return c2st(*flat, fit=convolutional(classifier.SHAPE), folds=2, seed=seed)
+    return c2st(*flat, fit=convolutional(classifier.SHAPE), folds=FOLDS, seed=seed)
 
 
 def _share(right: np.ndarray) -> Estimate:

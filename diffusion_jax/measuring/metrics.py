@@ -22,6 +22,7 @@ import numpy as np
 from diffusion_jax.arguments import closest
 from diffusion_jax.evaluation import distances, neighbours, scores, two_sample
 from diffusion_jax.evaluation.distances import Estimate
+from diffusion_jax.evaluation.fashion_mnist import FOLDS
 from diffusion_jax.measuring.stream import IMAGES, Gathered
 from diffusion_jax.typing import InputError
 
@@ -93,7 +94,7 @@ def _c2st_of_pixels(sides: Sides) -> tuple[Estimate, ...]:
 
     test = _test(sides, "c2st")
     judge = convolutional(sides.shape)
-    return (two_sample.c2st(sides.samples.kept[IMAGES], test.kept[IMAGES], fit=judge),)
+    return (two_sample.c2st(sides.samples.kept[IMAGES], test.kept[IMAGES], fit=judge, folds=FOLDS),)
 
 
 def _copy(sides: Sides) -> tuple[Estimate, ...]:
