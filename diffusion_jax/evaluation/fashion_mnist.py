@@ -14,13 +14,12 @@ numbers of equal n), and f the features of the frozen classifier (`features.fash
                   than that one's own nearest
     accuracy      share of X that the classifier takes for what was asked        floor: that of Z with its labels    (6)
 
-A perfect model reaches the floor of each within its error; below the floor in (1)-(3) is above chance for none, and
-lower (4), (5) mean copies. What each can be fooled by, as `python tools/fashion_gaussians.py` measures it
-(docs/evaluation-fashion-mnist.md has the table):
+A perfect model reaches the floor of each within its error; lower (4) and (5) mean copies. What each can be fooled by,
+as `python tools/fashion_gaussians.py` measures it (docs/evaluation-fashion-mnist.md has the table):
 
-    (1)  Gaussian features of the right moments reach the floor exactly: it sees two moments and no more. Gaussian
-         pixels do not. Copies of the training set do better than the floor.
-    (2)  not Gaussian features; copies.
+    (1)  by its definition Gaussian features of the right moments: it sees two moments and no more. Gaussian pixels
+         do not reach it. Copies of the training set do better than the floor.
+    (2)  copies.
     (3)  copies: it only asks whether they look like test pictures. No Gaussian, of all or of each class.
     (4), (5)  anything far from the data: noise is as authentic as can be. Read them beside (1)-(3) only.
     (6)  a model without variety; a Gaussian for each class goes far.

@@ -19,7 +19,8 @@ vector (cos 2k(a - b), sin 2k(a - b)), k = 1 ... n, and eps' is consistent with 
 goes through starts at zero, so that (3) begins as the velocity of the teacher's flow, whatever b.
 MeanFlow (Geng et al. 2025, arXiv:2505.13447) then teaches it that u + (a - b) du/da = dz/da. That derivative is taken
 through the network's features of log(sigma), whose rate in a is 1 / (sin(a) cos(a)) of theirs: where those turn fast,
-as they do in a teacher that is told 250 log(sigma) / 4, the target is mostly the network's own noise. The difference
+as they do in a teacher that is told 250 log(sigma) / 4, the target may be mostly the network's own noise (it did not
+converge on small Gaussians here; which of its parts is to blame was not isolated). The difference
 
     u(z_a, a, b) against sg(p v + (1 - p) u(z_m, m, b)),   m = a - p (a - b),   v = (z_a - z_m) / (a - m)         (4)
 
