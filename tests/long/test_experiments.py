@@ -16,6 +16,8 @@ SMALL = {
     "digits": {"width": 8},
     "fashion_mnist": {"width": 4, "precision": "bfloat16"},
     "fashion_mnist_10min": {"width": 4, "blocks": 1},
+    "fashion_mnist_student": {"width": 4},
+    "fashion_mnist_neon": {"width": 4},
     "cifar10": {"width": 4},
     "cifar10_speedrun": {"width": 4, "blocks": 1},
     "cifar10_edm": {"width": 4, "blocks": 1},
