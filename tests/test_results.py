@@ -72,14 +72,20 @@ def test_a_result_goes_through_json():
             read_result(text)
 
 
-@pytest.mark.parametrize(
-    "field", ["features", "features_hash", "resize", "reference", "reference_hash", "reference_n", "n"]
-)
+@pytest.mark.parametrize("field", ["features", "features_hash", "resize", "reference_hash", "reference_n", "n"])
 def test_results_of_different_protocols_are_not_compared(field):
     value = getattr(PROTOCOL, field)
     other = dataclasses.replace(PROTOCOL, **{field: value + 1 if isinstance(value, int) else value + "x"})
     with pytest.raises(InputError, match=f"differ in {field}: "):
         difference(RESULT, dataclasses.replace(RESULT, protocol=other))
+
+
+def test_the_name_of_a_reference_counts_where_its_hash_is_not_known():
+    named = [dataclasses.replace(PROTOCOL, reference=name) for name in ("a", "b")]
+    assert difference(*(dataclasses.replace(RESULT, protocol=p) for p in named))[0] == 0
+    unknown = [dataclasses.replace(p, reference_hash="") for p in named]
+    with pytest.raises(InputError, match="differ in reference: a and b"):
+        difference(*(dataclasses.replace(RESULT, protocol=p) for p in unknown))
 
 
 def test_differences_and_means_carry_their_errors():
