@@ -18,6 +18,7 @@ from typing import Any, Literal
 from diffusion_jax._version import __version__
 from diffusion_jax.arguments import Amount, Count, Natural, closest, describe, resolve, split_arguments
 from diffusion_jax.measuring.command import (
+    SamplerName,
     average_options,
     average_page,
     eval_options,
@@ -30,20 +31,6 @@ from diffusion_jax.planning.command import plan_options, plan_page, profile_opti
 from diffusion_jax.typing import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-SamplerName = Literal[
-    "default",
-    "ddpm",
-    "ddpm_large",
-    "ancestral",
-    "ddim",
-    "euler",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_3m",
-    "dpmpp_2m_sde",
-    "unipc",
-    "deis",
-]
 
 
 def run_options(

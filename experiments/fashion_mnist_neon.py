@@ -8,7 +8,7 @@
 The teacher goes on for a short while on samples that it has drawn itself; then its parameters are moved the other way,
 as `training/extrapolate.py` has it. The best w is found by measuring: the distance against w is a parabola.
 Data: the samples, and the teacher's held-out pictures, by which the log shows how the model gets worse.
-Cost: 6,000 samples of 35 evaluations and 100 updates of 256 are 1 % of 20,000 updates of 512; `make extrapolate` says
+Cost: 6,000 samples of 35 evaluations and 100 updates of 256 are 1.9 % of 10,000 updates of 512; `make extrapolate` says
 what the run at hand took.
 """
 

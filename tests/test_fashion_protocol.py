@@ -113,6 +113,7 @@ def test_a_wheel_holds_the_weights(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the classifier is right on 92.2 %: docs/evaluation-fashion-mnist.md")
 def test_the_classifier_knows_real_test_pictures():
     from diffusion_jax.training import sources
 
@@ -122,7 +123,7 @@ def test_the_classifier_knows_real_test_pictures():
         pytest.skip(f"Fashion-MNIST is not here: {error}")
     test: Any = data.test
     seen = protocol.look(test["image"], test["label"])
-    assert np.mean(seen.looks == seen.labels) >= 0.92  # the aim is 0.93, see docs/evaluation-fashion-mnist.md
+    assert np.mean(seen.looks == seen.labels) >= 0.93
 
 
 # The two-sample test -------------------------------------------------------------------------------------------------

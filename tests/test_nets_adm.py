@@ -137,7 +137,8 @@ def test_full_rematerialization_keeps_less():
         leaves = jax.eval_shape(lambda p: jax.vjp(lambda q: net.apply(q, X, T, LABELS), p)[1], params)
         return count(leaves) - count(params)
 
-    assert kept("full") < 0.7 * kept("dots") and kept("dots") < kept("none")
+    assert kept("full") < 0.6 * kept("dots")
+    assert kept("dots") < 0.3 * kept("none")
 
 
 def test_image_and_vector_conditions():

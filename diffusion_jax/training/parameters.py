@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from diffusion_jax.training.state import dotted
+from diffusion_jax.training.state import dotted, nested
 from diffusion_jax.typing import InputError, Params
 
 
@@ -39,15 +37,3 @@ def read_parameters(path: str | Path) -> Params:
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as a file of parameters (.npz): {error}") from None
     return nested({name: array.astype(np.float32) for name, array in arrays.items()})
-
-
-def nested(leaves: Mapping[str, np.ndarray]) -> Params:
-    """Nested dicts from dotted paths."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *branches, last = name.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[last] = leaf
-    return tree

@@ -14,14 +14,14 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.training.ema import Decays, PowerFunction, reconstruction, several
-from diffusion_jax.training.state import TrainState, dotted
+from diffusion_jax.training.state import TrainState, dotted, nested
 from diffusion_jax.typing import InputError, Params
 
 NEGLIGIBLE = 1e-9
@@ -82,7 +82,7 @@ def reconstruct(folder: Path, sigma_rel: float, step: int | None = None) -> tupl
         if abs(weight) >= NEGLIGIBLE:
             for name, array in _read(snapshot.path).items():
                 total[name] = total.get(name, np.zeros(())) + weight * array.astype(np.float64)
-    return _nested({name: array.astype(np.float32) for name, array in total.items()}), error, last
+    return nested({name: array.astype(np.float32) for name, array in total.items()}), error, last
 
 
 def _write(path: Path, params: Params) -> None:
@@ -112,14 +112,3 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"the snapshot {path} cannot be read ({error}): remove it to do without") from None
-
-
-def _nested(leaves: dict[str, np.ndarray]) -> Params:
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *branches, last = name.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[last] = leaf
-    return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,3 +96,19 @@ def _leaf_digest(leaf: Array) -> Array:
     place = jax.lax.iota(jnp.uint32, words.size)
     mixed = (place + jnp.uint32(1)) * jnp.uint32(2654435761)
     return jnp.sum(words * (((mixed ^ (mixed >> 15)) << 1) | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def nested(leaves: Mapping[str, Any]) -> Params:
+    """The inverse of `dotted` for all parameters at once: nested dicts from values by dotted names.
+
+    >>> nested({"conv.kernel": 1, "conv.bias": 2})
+    {'conv': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *branches, last = name.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[last] = leaf
+    return tree
