@@ -278,6 +278,7 @@ def pixels(path):
         return np.asarray(picture)
 
 
+@pytest.mark.slow
 def test_pictures_depend_on_their_seed_alone(digits_run, tmp_path):
     many = draw(digits_run, tmp_path, "many", "n=13", "seed=3")
     few = draw(digits_run, tmp_path, "few", "n=5", "seed=3", "format=npz")
@@ -291,6 +292,7 @@ def test_pictures_depend_on_their_seed_alone(digits_run, tmp_path):
     assert settings["seed"] == 3
 
 
+@pytest.mark.slow
 def test_samplers_steps_guidance_labels_checkpoints(digits_run, tmp_path):
     chosen = draw(
         digits_run, tmp_path, "a", "n=3", "sampler=heun", "steps=2", "guidance=3", "label=7", "checkpoint=best",
@@ -347,6 +349,7 @@ def train_toy(capfd, tmp_path, *words):
     return code, capfd.readouterr().err, tmp_path / "toy" / "r"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(capfd, tmp_path):
     code, said, run = train_toy(capfd, tmp_path, "breaks_at=12", "checkpoint_every=5", "dispatch=3")
     line = complaint(said, code)
@@ -361,6 +364,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(capfd, tmp_path):
     assert steps_saved(run)[-1] == 20
 
 
+@pytest.mark.slow
 def test_parameters_that_broke_after_the_last_loss_are_not_saved(capfd, tmp_path):
     code, said, run = train_toy(capfd, tmp_path, "breaks_at=10", "checkpoint_every=5")
     assert "is nan at step 10; the last good checkpoint is step 5" in complaint(said, code)
@@ -373,6 +377,7 @@ def test_nothing_saved_yet(capfd, tmp_path):
     assert steps_saved(run) == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_split_over_devices(tmp_path):
     """Eight simulated devices need a process of their own."""
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -408,6 +413,7 @@ runpy.run_module("diffusion_jax", run_name="__main__", alter_sys=True)
 """The limit on the size of a file stands for a full disk, which only root could make: writing fails in both."""
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_that_was_saved(trained_toy, tmp_path):
     shutil.copytree(trained_toy, tmp_path, dirs_exist_ok=True)
     words = ["train", TOY, f"runs={tmp_path}", "run=r", "steps=30"]
@@ -438,6 +444,7 @@ def test_a_full_disk_while_metrics_are_written(capfd, tmp_path, monkeypatch):
     assert steps_saved(run) == [5]
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_passed_over_in_one_line(trained_toy, tmp_path):
     shutil.copytree(trained_toy, tmp_path, dirs_exist_ok=True)
     state = tmp_path / "toy" / "r" / "checkpoints" / "10" / "state"

@@ -129,6 +129,7 @@ def test_another_law_is_found(dimension, wrong, probes):
 # --- samplers: right ones hold, wrong ones do not ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heun", "ddpm_large"])
 def test_a_right_sampler_holds(name, small):
     row = samplers.measure(name)

@@ -133,6 +133,7 @@ def test_what_is_left_of_the_loss_at_the_exact_model(schedule, x64):
         np.testing.assert_allclose(*go(t, s), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_continuous_loss_does_not_depend_on_the_schedule(x64):
     """The same student, pairs and signal-to-noise ratios under three schedules: the same losses."""
     x0, eps = drawn()

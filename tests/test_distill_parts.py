@@ -158,6 +158,7 @@ def test_average_velocities_as_maps_and_denoisers(x64):
     np.testing.assert_allclose(found.eps, exact.eps, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_solver_map_is_the_sampler_run_per_example(x64):
     """Any sampler, with history or branches, at times of each example's own; conditions stay with their examples."""
     sch = dj.rectified()
@@ -281,6 +282,7 @@ def test_any_shape_and_dtype_with_times_in_float32(shape, dtype, enabled):
     assert gradient.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_losses_are_finite_and_of_their_own_example(x64):
     """Also at t = 1, where alpha = 0, and at s = 0; example i of a batch gives what it gives alone."""
     x0, eps = drawn(4, 3)

@@ -295,12 +295,14 @@ def finished(tmp_path_factory):
     return experiment, folder
 
 
+@pytest.mark.slow
 def test_the_loop_keeps_snapshots_and_the_last_state(finished):
     _, folder = finished
     assert sorted({s.step for s in snapshots(folder / "averages")}) == [4, 8, 10, 12, 16, 20]
     assert {s.sigma_rel for s in snapshots(folder / "averages")} == {0.05, 0.1}
 
 
+@pytest.mark.slow
 def test_averages_of_a_continued_run_are_those_of_an_uninterrupted_one(finished, tmp_path):
     experiment, folder = finished
     fit(experiment, tmp_path, {})
@@ -311,6 +313,7 @@ def test_averages_of_a_continued_run_are_those_of_an_uninterrupted_one(finished,
                 np.testing.assert_array_equal(got[name], wanted[name])
 
 
+@pytest.mark.slow
 def test_drawing_takes_a_reconstructed_average(finished):
     experiment, folder = finished
     options = {

@@ -61,6 +61,7 @@ def lines_of(path):
 SMALL = ("features=pixels", "n=40", "batch=20")
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_with_its_floor_and_protocol(command, trained):
     said = command("eval", *SMALL, "metrics=fid,recall", "seeds=2")
     assert said[0] == "pixels: no weights"
@@ -86,6 +87,7 @@ def test_pictures_measure_like_the_run_that_drew_them(command, tmp_path):
     assert other == "error: these results cannot be compared, they differ in n: 30 and 40"
 
 
+@pytest.mark.slow
 def test_an_average_in_a_file_is_the_one_put_together(command, trained, tmp_path):
     assert "ema=0.08 at step 20" in command("average", "ema=0.08", f"out={tmp_path / 'p.npz'}")[0]
     assert read_parameters(tmp_path / "p.npz")

@@ -71,6 +71,7 @@ def distance(params, sampler):
     return frechet_distance(np.zeros(1), [[drawn_variance(params, sampler)]], np.zeros(1), [[DATA]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_going_away_from_ones_own_samples_mends_the_sampler(sampler, rate):
@@ -89,6 +90,7 @@ def test_going_away_from_ones_own_samples_mends_the_sampler(sampler, rate):
     assert distance(other, sampler) > first  # training on them further is what makes it worse
 
 
+@pytest.mark.slow
 def test_it_helps_in_the_mean_over_finite_samples():
     """A model fitted to 500 examples, then to 500 of its own: less distance by more than four standard errors."""
     sampler, rng, gains = dj.euler(EDM), np.random.default_rng(0), []

@@ -72,6 +72,7 @@ def real(params, blobs):
     )
 
 
+@pytest.mark.slow
 def test_features_are_those_of_an_implementation_by_loops(params, blobs):
     image = blobs[0][7]
     seen = protocol.look(image[None], None, params)

@@ -46,6 +46,7 @@ def test_a_piece_that_fails_stops_the_script_and_is_done_again(tmp_path):
     assert script.drive(made, tmp_path, None) == 0
 
 
+@pytest.mark.slow
 def test_a_piece_that_takes_too_long_is_told_to_stop_and_goes_on(tmp_path):
     # Like a run: SIGTERM makes it keep what it has, and the next bout goes on from there.
     count = tmp_path / "count"

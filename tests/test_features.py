@@ -111,6 +111,7 @@ def test_inceptions_features_have_their_shapes_at_any_size():
         assert all(f.dtype == jnp.float32 for f in features.values())
 
 
+@pytest.mark.slow
 def test_vision_transformers_have_their_published_sizes():
     # open_clip's table of models has 303.97 M for the picture tower of ViT-L-14, Oquab et al. 300 M for DINOv2's
     # ViT-L/14; that both are transformers' to the last parameter is in tests/parity.

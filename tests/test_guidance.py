@@ -219,6 +219,7 @@ def test_classifier_is_not_evaluated_at_scale_0():
         assert len(ran) == count
 
 
+@pytest.mark.slow
 def test_interval_guides_inside_only(x64):
     """As many evaluations of 2b as times inside (low, high]; the same path as switching by hand; traced ends."""
     schedule, counter, x = dj.edm(), Counter(mixtures.conditional(LAW, dj.edm())), 10 * points()
@@ -392,6 +393,7 @@ def test_apg_momentum_is_the_papers_loop(setting):
     assert not np.allclose(run(-0.5, w), run(0.0, w), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inner", "each"), [("ddim", 1), ("heun", 2), ("churn", 3)])
 def test_apg_momentum_costs_no_evaluation_of_its_own(inner, each):
     """Except around `churn`, which looks elsewhere first; inside it there is none again."""
@@ -504,6 +506,7 @@ def everything(schedule, model, guide):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_modality_and_precision(dtype):
     """Points, sound, pictures, video; one trace for all numbers, and x's dtype kept, also where x64 is enabled."""

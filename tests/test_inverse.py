@@ -76,6 +76,7 @@ EXACT = {  # method, law for which p(y | x_t) is exact, operators
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", EXACT)
 def test_exact_for_gaussian_data(method, x64):
     """The guided denoiser is that of the exact posterior, as a Gaussian of its own: x0, and with it score and eps.
@@ -271,6 +272,7 @@ def test_ddrm_and_ddnm_plus_in_the_singular_basis(name, x64):
     assert len(seen) == 4, "every branch of both"
 
 
+@pytest.mark.slow
 def test_replacement_and_mcg(x64):
     """Measured coordinates are alpha_s y + sigma_s z, the rest is the inner step's, for the rows of a matrix."""
     p, t, s = setting("compressed_sensing", 0.6, 0.5), 0.6, 0.5
@@ -386,6 +388,7 @@ def pictures(schedule):
     return mixtures.denoiser(law, schedule), x0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 def test_measurements_without_noise_are_kept(name):
     """A x0 = y on images after a last step to sigma = 0, from wherever it comes."""
@@ -538,6 +541,7 @@ def every_method(schedule, operator, y, sigma_y):
     return made | {"travel": (inverse.travel(noisy, schedule, 2), lambda d: d)}
 
 
+@pytest.mark.slow
 def test_contracts():
     """Examples depend on their own key, x and y alone; bfloat16 stays; new y, sigma_y, times: one trace; all finite."""
     schedule, traces = dj.vp_linear(), []
@@ -579,6 +583,7 @@ def test_both_ends_of_time():
         np.testing.assert_allclose(made[name].x0[0], x[0], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_any_rank_and_bfloat16():
     """Points, audio, images and video, with a condition: shapes and dtypes, and finite values of the last."""
     schedule, operator = dj.rectified(), operators.box(2)

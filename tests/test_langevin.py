@@ -92,6 +92,7 @@ def test_annealed_langevin_is_algorithm_1():
     np.testing.assert_allclose(y, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_annealed_langevin_follows_the_levels_while_they_are_like_the_data():
     """A mixture in 16 dimensions, n = 2000, 100 steps at each of 60 levels, to the last level but one."""
     run_law(dj.langevin(dj.ve(0.05, 10.0), 0.15, 100), "ve_noisy", steps=60, index=-2)

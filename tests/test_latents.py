@@ -122,6 +122,7 @@ def test_flips_choose_the_mirrored_copy_half_of_the_time(store):
     np.testing.assert_allclose(never, plain, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_key_per_example_and_none(store):
     moments = jnp.asarray(latents(store).train["image"])
     prepare = jax.jit(draw_from_moments(0.5), static_argnums=2)

@@ -121,6 +121,7 @@ def test_flow_is_of_order_four(x64):
     assert abs(np.log2(errors[0] / errors[1]) - 4) < 0.1
 
 
+@pytest.mark.slow
 def test_adaptive_flow_keeps_its_tolerance_and_its_examples_apart(x64):
     """Both errors fall with the tolerance, and an example takes its own steps whatever the others are."""
     schedule, mixture = dj.cosine(), law(3)
@@ -192,6 +193,7 @@ def test_hutchinson_is_unbiased_and_its_variance_falls_as_one_over_probes(kind, 
     within((values - truth) ** 2, 2 * square.sum() / m)
 
 
+@pytest.mark.slow
 def test_adaptive_flow_takes_the_probes_of_each_example(x64):
     schedule, mixture = dj.rectified(), law(3)
     x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 3))
@@ -213,6 +215,7 @@ def test_signs_have_no_error_where_the_jacobian_is_diagonal():
     np.testing.assert_allclose(run(probes), stats.norm(0, np.linspace(0.1, 1, 5) ** 0.5).logpdf(x).sum(1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_likelihood_takes_every_shape():
     """Points, audio, images, video: as if flattened. Here each likelihood runs once, and chunks change nothing."""
     schedule, d = dj.rectified(), 6
@@ -236,6 +239,7 @@ def test_every_likelihood_takes_every_shape():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), other, points)
 
 
+@pytest.mark.slow
 def test_bfloat16_examples_keep_a_float32_likelihood():
     schedule, mixture = dj.cosine(), law(4)
     x = jnp.asarray(mixtures.draw(np.random.default_rng(1), mixture, 8), jnp.bfloat16)
@@ -255,6 +259,7 @@ def test_bfloat16_examples_keep_a_float32_likelihood():
     np.testing.assert_allclose(values[1], exact(mixture, x), atol=1.0)
 
 
+@pytest.mark.slow
 def test_one_trace_serves_all_values_and_keys_are_per_example():
     schedule, mixture, traces = dj.rectified(), law(3), []
     denoiser, keys = mixtures.denoiser(mixture, schedule), jax.random.split(jax.random.key(0), 4)
@@ -350,6 +355,7 @@ def test_terms_of_gaussian_data_are_the_closed_form(name, x64):
     np.testing.assert_allclose(terms.reconstruction, end, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_term_is_the_divergence_of_two_gaussians(x64):
     """For any denoiser and one eps, from q_posterior and variance_bounds; and it is that of `variational_term`."""
     schedule, table = dj.vp_linear(), 20
@@ -565,6 +571,7 @@ def test_error_bars_are_the_spread_of_repeated_experiments():
     np.testing.assert_allclose(rms[1], np.std(draws.mean((1, 2))), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_dequantisation_bounds_the_probability_of_a_bin(x64):
     """A mixture on the line in bins of width 1/2. Uniform: the gap is KL(q || p(y | x)); exact: no draw has one."""
     w, mean, std, width = np.array([0.4, 0.6]), np.array([-0.5, 0.8]), np.array([0.2, 0.4]), 0.5
@@ -603,6 +610,7 @@ def test_dequantisation_bounds_the_probability_of_a_bin(x64):
 # --- all together, and bad input --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flow_and_immse_agree():
     """The triangle in 8 dimensions, float32; in 64 it is `conformance.likelihood`."""
     schedule, mixture = dj.vp_linear(), law(8)

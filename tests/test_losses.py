@@ -201,6 +201,7 @@ def test_learned_uncertainty_is_least_at_the_mean_loss_and_levels_gradients():
             assert float(gradient) == pytest.approx(2 / 0.7, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_learned_uncertainty_becomes_the_log_of_the_expected_loss_of_each_level():
     """EDM2's head for u(t), beside the exact denoiser of Gaussian data of variance s^2, trained by `denoising_loss`.
 

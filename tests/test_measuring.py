@@ -209,6 +209,7 @@ def test_evaluations_are_counted_with_guidance(name, calls):
 # Bits ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bits_of_a_known_gaussian_are_its_entropy():
     """Pixels N(0, v) in 256 levels under the best denoiser: log2(127.5 sqrt(2 pi e v)), the bound being tight here."""
     v, n = 0.0625, 32

@@ -216,6 +216,7 @@ def test_a_run_of_each_kind(tmp_path, kind, beside, one):
     assert "000000" + beside in said
 
 
+@pytest.mark.slow
 def test_a_condition_of_several_kinds(tmp_path):
     """Such a run draws without a condition; whoever asks gives one for each example."""
     net = unet((8, 2), channels=8, multipliers=(1,), blocks=1, attention=(), classes=2, vector=3)

@@ -204,6 +204,7 @@ def test_bfloat16_is_close(case):
     assert 0 < np.sqrt(np.mean((half - full) ** 2)) < 0.03 * np.std(full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [U(multipliers=(1,), attention=()), M(blocks=1)], ids=["unet", "mlp"])
 def test_gradients_reach_every_parameter(net):
     params = noised(net.init(jax.random.key(0)))

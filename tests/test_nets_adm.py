@@ -77,6 +77,7 @@ def test_output_channels(arguments, channels):
     assert out.shape == (BATCH, 8, 8, channels)
 
 
+@pytest.mark.slow
 def test_starts_at_zero(network):
     start, apply, _ = network
     assert not np.any(apply(start, X, T))
@@ -107,6 +108,7 @@ def test_dropout(network):
     assert np.max(np.abs(one - two)) > 1e-3 and np.max(np.abs(one - apply(params, X, T, LABELS))) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "make"), [("network", A), ("judge", functools.partial(C, **ONE_LEVEL))])
 def test_bfloat16_is_close(name, make, request):
     """Half precision changes the output by some of its 8 bits, not by its size."""
@@ -117,6 +119,7 @@ def test_bfloat16_is_close(name, make, request):
     assert 0 < np.sqrt(np.mean((half - full) ** 2)) < 0.03 * np.std(full)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_rematerialized_and_reach_every_parameter():
     def gradient(remat):
         net = A(dropout=0.3, remat=remat, **ONE_LEVEL)
@@ -141,6 +144,7 @@ def test_full_rematerialization_keeps_less():
     assert kept("dots") < 0.3 * kept("none")
 
 
+@pytest.mark.slow
 def test_image_and_vector_conditions():
     """A smaller image is enlarged by bilinear interpolation; no image is a black one, no vector adds nothing."""
     net = A(image=1, vector=2, classes=None, **ONE_LEVEL)

@@ -35,6 +35,7 @@ def test_stable_diffusions_autoencoder_has_its_published_size():
     assert x.shape == (1, 256, 256, 3)
 
 
+@pytest.mark.slow
 def test_each_half_needs_only_its_own_parameters(tiny):
     autoencoder, params = tiny
     left = {name: params[name] for name in ("encoder", "quant_conv")}

@@ -219,6 +219,7 @@ def graded(net, name):
     return quick(jax.value_and_grad(lambda p: jnp.mean(net.apply(p, x, T, cond) ** 2)))(noised(net))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kit", "cross", "joint"])
 def test_gradients_reach_every_parameter_and_speed_options_leave_them(name):
     value, grads = graded(small(name), name)
@@ -330,6 +331,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_tensor_parallel_collectives():
     """Two all-reduces a block forward, two more backward, one of the gradients over the data; heads stay whole."""
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}

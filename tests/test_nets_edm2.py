@@ -124,6 +124,7 @@ def test_fourier_features_have_unit_variance():
     assert float(jnp.sqrt(jnp.mean(features**2))) == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 def test_every_block_gives_unit_magnitude_at_the_start(monkeypatch):
     """From white noise, through a whole network with classes at its start: measured at each block's output.
 
@@ -154,6 +155,7 @@ def test_every_block_gives_unit_magnitude_at_the_start(monkeypatch):
     assert np.all((found > 0.75) & (found < 1.1)), found
 
 
+@pytest.mark.slow
 def test_weights_start_at_unit_magnitude_and_gains_at_zero(start):
     for path, a in paths(start).items():
         if is_weight(path):
@@ -180,6 +182,7 @@ def test_length_of_a_weight_does_not_matter(apply, params):
     np.testing.assert_allclose(apply(louder, X, T, LABELS)[..., :2], 2 * out[..., :2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_forced_weight_normalization(apply, params):
     """It changes the weights alone, makes them of unit magnitude, changes nothing twice, and no output."""
     forced = forced_weight_norm(params)
@@ -194,6 +197,7 @@ def test_forced_weight_normalization(apply, params):
     np.testing.assert_allclose(apply(forced, X, T, LABELS), out, atol=5e-3 * np.std(out))
 
 
+@pytest.mark.slow
 def test_gradients_are_orthogonal_to_the_weights(gradients, params):
     for path, w in filter(lambda item: is_weight(item[0]), paths(params).items()):
         axes, g = tuple(range(w.ndim - 1)), gradients["none"][path]

@@ -176,6 +176,7 @@ def test_fourier_features():
     np.testing.assert_allclose(y, np.concatenate([np.sin(angles), np.cos(angles)], axis=1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_starts_at_zero(network):
     start, apply, _ = network
     assert not np.any(apply(start, X, T, given()))
@@ -225,6 +226,7 @@ def test_bfloat16_is_close(network):
     assert 0 < np.sqrt(np.mean((half - full) ** 2)) < 0.03 * np.std(full)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter():
     """All but the rates of time, which are not trained."""
     net = N(dropout=0.3, remat="full", multipliers=(1,), attention=())

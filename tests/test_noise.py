@@ -31,6 +31,7 @@ def levels(name, n):
     return np.concatenate([[start], inner, [end]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_increments_are_independent_standard_normals(name):
     """Over steps of very different lengths, n = 10,000: all variances and correlations, and KS, corrected."""
@@ -62,6 +63,7 @@ def walk(sampler, denoiser, x, grids):
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-11)])
 @pytest.mark.parametrize("name", PATHS)
 def test_with_a_constant_x0_many_steps_equal_one(name, dtype, tolerance):

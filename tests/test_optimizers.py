@@ -214,6 +214,7 @@ def test_the_first_step_equals_that_of_optax(rms):
         np.testing.assert_allclose(flat(ours)[path], flat(theirs)[path], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fused_matrices_move_like_separate_ones():
     def parts(tree):
         kernels = jnp.split(tree["attn"]["qkv"]["kernel"], 3, axis=1)
@@ -341,6 +342,7 @@ def unit(params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+@pytest.mark.slow
 def test_projected_parameters_stay_where_they_are_projected_to():
     params, _ = run(projected(adamw(0.1), unit), draw(0))
     close(unit(params), params, rtol=1e-6, atol=1e-6)

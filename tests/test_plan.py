@@ -268,6 +268,7 @@ def planned():
 
 
 class TestPlan:
+    @pytest.mark.slow
     def test_memory_is_that_of_live_arrays(self, planned):
         experiment, result = planned
         state = jax.jit(lambda: initial_state(experiment))()
@@ -303,6 +304,7 @@ class TestPlan:
             assert word in page
         json.dumps(result)
 
+    @pytest.mark.slow
     def test_what_does_not_fit_says_what_helps(self, planned):
         experiment, _ = planned
         topology = find_topology("", "v5e")
@@ -322,6 +324,7 @@ class TestPlan:
         broken = {**result, "fits": False, "advice": [], "programs": {"train": {"error": "Used 20.13G of 15.75G hbm"}}}
         assert report.verdict(broken) == "does not fit: train: Used 20.13G of 15.75G hbm"
 
+    @pytest.mark.slow
     def test_compilations_are_remembered(self, planned, tmp_path):
         experiment, _ = planned
         topology = find_topology("", "v5e")

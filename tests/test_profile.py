@@ -73,6 +73,7 @@ def test_the_newest_trace_is_read(tmp_path):
     assert read_trace(newest_trace(tmp_path)) == [{"ph": "M"}]
 
 
+@pytest.mark.slow
 def test_the_page_of_a_real_run(tmp_path):
     page = profile(toy.experiment(batch=16, width=64), tmp_path, made_up=True, steps=2, peak="1e11")
     head, kinds, top, path = page.split("\n\n")

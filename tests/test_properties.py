@@ -53,6 +53,7 @@ def along(name):
     return jax.jit(compute)
 
 
+@pytest.mark.slow
 @examples(100)
 @given(name=names, u=st.lists(unit, min_size=3, max_size=3))
 def test_noise_grows_along_any_three_times(name, u):
@@ -82,6 +83,7 @@ def test_times_outside_raise_wherever_they_are(name, low, distance, n):
             case.schedule(t)
 
 
+@pytest.mark.slow
 @examples(60)
 @given(name=names, shape=shapes, dtype=dtypes, scalar=st.booleans())
 def test_shapes_and_dtypes_follow_x(name, shape, dtype, scalar):
@@ -162,6 +164,7 @@ def dj_q_sample(x, t, eps):
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @examples(10)
 @given(shape=shapes, seed=seeds, dtype=st.sampled_from(("bfloat16", "float32")), pick=st.data())
 def test_an_example_is_drawn_from_its_own_key(shape, seed, dtype, pick):
@@ -252,6 +255,7 @@ DRAWS = {
 DRAWN = {name: jax.jit(draw, static_argnums=1) for name, (draw, *_) in DRAWS.items()}
 
 
+@pytest.mark.slow
 @examples(60)
 @given(name=st.sampled_from(sorted(DRAWS)), seed=seeds, b=st.sampled_from((1, 2, 7, 32)))
 def test_draws_stay_in_their_range_and_repeat(name, seed, b):

@@ -293,6 +293,7 @@ def test_shifted_rates_at_the_ends_where_they_are_infinite(x64):
         assert np.isinf(old[infinite]) and float(new[infinite]) == float(old[infinite])
 
 
+@pytest.mark.slow
 def test_learned_falls_between_its_ends_and_has_gradients(x64):
     """For any parameters; the gradient is that of finite differences, also through `shifted` under jit."""
     t = jnp.linspace(0.0, 1.0, 201)
@@ -373,6 +374,7 @@ def test_rates_of_the_trigonometric_schedule_at_clean_data(x64):
     assert float(rate.sigma) == pytest.approx(np.pi / 2, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_inverse_logsnr_has_the_derivative_of_the_inverse(x64):
     """t = 1 / (1 + exp(l / 2)) for the straight line; and in parameters, d t = -d l / l'."""
     value = jnp.linspace(-5.0, 5.0, 7)

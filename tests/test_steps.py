@@ -230,6 +230,7 @@ def test_adaptive_meets_its_tolerance_from_end_to_end(problem, tolerance, most, 
     assert np.abs(y - wanted).max() < 5 * tolerance and len(log) < most
 
 
+@pytest.mark.slow
 def test_adaptive_can_be_differentiated(x64):
     """dy/dx of a Gaussian's flow is the ratio of the standard deviations."""
     schedule, sampler = dj.cosine(), adaptive(dj.cosine(), 1e-8, 1e-8)

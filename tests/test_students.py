@@ -202,6 +202,7 @@ def exact_velocity(net, params, z, a, cond):
     return SPREAD * jnp.cos(a)[:, None] * told.eps - jnp.sin(a)[:, None] * told.x0
 
 
+@pytest.mark.slow
 def test_a_second_time_changes_nothing_at_first(networks):
     plain, params, silent, more = networks
     z = jnp.asarray(np.random.default_rng(1).normal(size=(5, 2)), jnp.float32)
@@ -290,6 +291,7 @@ def test_one_step_of_a_trained_student_is_the_teachers_flow(make):
         assert last < 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3, 6])
 def test_the_exact_average_velocity_is_the_target_of_alpha_flow(stage):
     """For data of one point all pairs lie on the flow, so that equation (4) holds example by example."""
@@ -365,6 +367,7 @@ def test_a_teacher_that_cannot_be_used_is_one_clear_error(tmp_path, in_root, rec
         find_experiment("fashion_mnist_student")(teacher=str(tmp_path), **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ect", "alphaflow"])
 def test_a_student_has_its_teachers_network_and_parameters(tmp_path, in_root, method):
     """The arguments of the run, and what is in a file; a file of another network is refused before all else."""

@@ -96,6 +96,7 @@ def test_align_your_steps_interpolates_logarithms(model):
     np.testing.assert_allclose(twice[1:-1:2], np.sqrt(np.multiply(table[1:], table[:-1])), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_at_levels():
     """sigma / alpha has the levels there, and 0 is the clean end; on EDM they are the times."""
     levels = dj.karras(7, 0.02, 50.0)

@@ -79,6 +79,7 @@ def same(a, b):
 # The step ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loss_falls_and_only_what_should_change_changes(small, resident):
     adam = toy.lenient(optax.adam(1e-2))
     step = jax.jit(make_train_step(loss_of(small), adam, small.ema))
@@ -121,6 +122,7 @@ def test_clipping_limits_the_update_and_the_reported_norm_is_before_it():
     assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_step_is_a_function_of_state_and_batch(small, resident, dispatch):
     batch = {"index": jnp.arange(8)[None]}
     first, again = (dispatch(fresh(small), resident, batch, np.int32(1)) for _ in range(2))
@@ -147,6 +149,7 @@ def test_bfloat16_network_keeps_float32_state_and_loss(resident):
 # Several steps a dispatch --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 5])
 def test_k_steps_a_dispatch_equal_single_ones_bit_for_bit(small, resident, dispatch, k):
     index = jnp.asarray(batch_indices(0, 0, 1000, 8 * 7).reshape(7, 8))
@@ -167,6 +170,7 @@ def test_k_steps_a_dispatch_equal_single_ones_bit_for_bit(small, resident, dispa
     same(one, many)
 
 
+@pytest.mark.slow
 def test_batches_from_the_host_equal_batches_on_the_device(small, resident, dispatch):
     index = jnp.arange(8)[None]
     given = jax.vmap(partial(gather, resident))(index)
@@ -380,6 +384,7 @@ def test_every_damaged_file_is_harmless_or_noticed(two_checkpoints, tmp_path, ho
     assert any("meta/metadata" in file for file in noticed)
 
 
+@pytest.mark.slow
 def test_when_nothing_can_be_read_nothing_is_touched(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "c")
     for meta in (tmp_path / "c").glob("*/meta/metadata"):
@@ -450,6 +455,7 @@ def test_a_picture_does_not_depend_on_how_many_are_drawn(drawn):
     assert not np.array_equal(np.concatenate(list(pictures(params, 4, 6, labels[:4]))), all_of_them[:4])
 
 
+@pytest.mark.slow
 def test_a_picture_hardly_depends_on_the_shape_it_is_compiled_for(drawn):
     draw, params = drawn
     labels = jnp.arange(12, dtype=jnp.int32) % 10

@@ -92,6 +92,7 @@ def centre_of_axis(kernel, ndim, axis):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_constant_along_an_axis_is_one_axis_less(ndim):
     """Kernels widened by zeros along the first axis do to repeated examples what the smaller network does to one."""
@@ -170,6 +171,7 @@ def test_places_count_by_their_distance():
     np.testing.assert_array_equal(row[:, 0], x[:, 0])
 
 
+@pytest.mark.slow
 def test_video_tells_the_order_of_frames():
     """Attention over time alone would not; that is what the turning by (3) is for."""
     net = tiny(SHAPES[3], **VIDEO | {"convolution": "space"})
@@ -213,6 +215,7 @@ def test_split_convolution_is_the_product_of_its_kernels():
 # Every network -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["video", "everything", "sound"])
 def test_examples_are_independent(name):
     _, apply, params = made(name)
@@ -228,6 +231,7 @@ def test_examples_are_independent(name):
     assert np.max(np.abs(other[1:] - whole[1:])) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["video", "everything"])
 def test_gradients_reach_every_parameter(name):
     net, _, params = made(name)
@@ -238,6 +242,7 @@ def test_gradients_reach_every_parameter(name):
     assert silent == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(remat):
     """With dropout, whose noise is not drawn again, and tokens."""
@@ -279,6 +284,7 @@ def test_labels_alone_are_the_label_of_a_dict():
     np.testing.assert_allclose(plain[2], apply(params, x, T)[2], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["label", "vector", "tokens", "image"])
 def test_every_kind_counts_and_can_be_absent(kind):
     """Absent by its value and left out are the same; and it matters what is there."""
