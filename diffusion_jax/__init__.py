@@ -16,6 +16,7 @@ from diffusion_jax.guidance import (
     interval,
     perpendicular,
     static_threshold,
+    two_conditions,
 )
 from diffusion_jax.losses import (
     denoising_loss,
@@ -83,6 +84,7 @@ from diffusion_jax.samplers import (
     reverse_diffusion,
     sa_solver,
     sample,
+    skipping,
     underdamped_langevin,
     undershoot,
     unipc,
@@ -255,6 +257,7 @@ __all__ = [
     "shifted",
     "sigmoid",
     "sigmoid_weight",
+    "skipping",
     "snr_weight",
     "static_threshold",
     "sub_vp",
@@ -266,6 +269,7 @@ __all__ = [
     "trailing",
     "transition",
     "trigonometric",
+    "two_conditions",
     "uncertainty_loss",
     "underdamped_langevin",
     "undershoot",

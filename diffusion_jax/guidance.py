@@ -204,6 +204,22 @@ def autoguidance(denoiser: Denoiser, worse: Denoiser, scale: Scale) -> Denoiser:
     return guided
 
 
+def two_conditions(denoiser: Denoiser, first: Cond, null: Cond, scale: Scale, first_scale: Scale) -> Denoiser:
+    """Two conditions with a scale each (Brooks et al. 2023, arXiv:2211.09800, eq. 3).
+
+    p = p_0 + first_scale (p_1 - p_0) + scale (p_c - p_1), where p_c knows cond, p_1 `first`, which is cond with one of
+    the two absent, and p_0 `null`, with both absent. The three come from one call on a batch of 3b. ValueError as in
+    `classifier_free`, which it is at scale 0.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond = None) -> Prediction:
+        both, one, none = _each(denoiser, x, t, cond, first, null)
+        base, w = _toward(none, one, _weights(first_scale, x, t)), bcast(_weights(scale, x, t), x)
+        return Prediction(base.x0 + w * (both.x0 - one.x0), base.eps + w * (both.eps - one.eps), both.variance_fraction)
+
+    return guided
+
+
 def perpendicular(
     denoiser: Denoiser, null: Cond, negatives: Sequence[Cond], scale: Scale, weights: Sequence[ArrayLike]
 ) -> Denoiser:

@@ -44,8 +44,6 @@ from diffusion_jax.samplers.driver import memoryless, sample
 from diffusion_jax.samplers.noise import white
 from diffusion_jax.typing import Array, Cond, Denoise, Denoiser, Key, Noise, Prediction, Sampler, Schedule
 
-# --- denoiser -> denoiser ---------------------------------------------------------------------------------------------
-
 
 def pigdm(
     denoiser: Denoiser,
@@ -150,9 +148,6 @@ def diffpir(
     return guided
 
 
-# --- sampler -> sampler -----------------------------------------------------------------------------------------------
-
-
 def replacement(inner: Sampler, schedule: Schedule, operator: Operator, y: Array) -> Sampler:
     """Put the measurement, noised to s, in its place after each step of `inner`, eq. (6).
 
@@ -242,9 +237,6 @@ def mcg(inner: Sampler, schedule: Schedule, operator: Operator, y: Array, zeta: 
     The paper's weight W of the residual is I here, and the step that of `dps`. Zeta 0 is `replacement`.
     """
     return replacement(dps(inner, operator, y, zeta), schedule, operator, y)
-
-
-# --- samplers with a step of their own --------------------------------------------------------------------------------
 
 
 def remix(schedule: Schedule, zeta: float, noise: Noise = white) -> Sampler:
@@ -351,8 +343,6 @@ def sdedit(
     x = q_sample(schedule, guide, times[0], normal_like(fold(key, 0), guide))
     return sample(fold(key, 1), sampler, denoiser, x, times, cond)
 
-
-# --- twisted sequential Monte Carlo -----------------------------------------------------------------------------------
 
 Twist = Callable[[Array, Array], Array]
 """(x0^: f[n *d], t: f[n]) -> f[n], roughly log p(y | x_t), but log p(y | x0) exactly where sigma = 0 and x0^ is x0."""
@@ -493,9 +483,6 @@ def _log_twist(twist: Twist, x0: Array, t: Array) -> Array:
     if logp.shape != t.shape:
         raise ValueError(f"twisted_smc: the twist returned shape {logp.shape} for x0 of shape {x0.shape}")
     return logp.astype(wide(x0))
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
 
 
 def _shift(schedule: Schedule, t: Array, p: Prediction, delta: Array) -> Prediction:

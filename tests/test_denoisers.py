@@ -101,6 +101,7 @@ GUIDED = {
     "cfg_pp": lambda d, scale: dj.cfg_pp(d, 0.3, scale),
     "apg": lambda d, scale: dj.apg(d, dj.edm(), 0.3, scale, eta=0.0),
     "perpendicular": lambda d, scale: dj.perpendicular(d, 0.3, [0.7], scale, [0.5]),
+    "two_conditions": lambda d, scale: dj.two_conditions(d, 0.7, 0.3, scale, 1.5),
     "autoguidance": lambda d, scale: dj.autoguidance(d, lambda x, t, c: d(x, t, c / 2), scale),
     "classifier": lambda d, scale: dj.classifier(d, dj.edm(), lambda x, t, c: -jnp.sum(x**2, (1, 2, 3)), scale),
     "static_threshold": lambda d, scale: dj.static_threshold(d, dj.edm()),

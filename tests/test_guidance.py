@@ -22,6 +22,7 @@ from diffusion_jax.guidance import (
     interval,
     perpendicular,
     static_threshold,
+    two_conditions,
 )
 
 LAW = Mixture(
@@ -284,6 +285,7 @@ def test_any_tree_of_conditions_and_the_learned_variance():
         "cfg_rescale": lambda w: cfg_rescale(model, COSINE, null, w, 0.0, "eps"),
         "apg": lambda w: apg(model, COSINE, null, w, 1.0),
         "perpendicular": lambda w: perpendicular(model, null, [null], w, [0.5]),
+        "two_conditions": lambda w: two_conditions(model, null, null, w, 1.5),
         "autoguidance": lambda w: autoguidance(model, lambda x, t, c: dj.from_eps(COSINE, x, t, 0 * x), w),
     }
     for name, rule in rules.items():
@@ -428,6 +430,20 @@ def test_autoguidance_extrapolates_from_the_worse_model(setting):
     assert_close(
         autoguidance(model, unconditional(model), 2.5)(x, t, COND), classifier_free(model, NULL, 2.5)(x, t, COND)
     )
+
+
+def test_two_conditions_have_a_scale_each(setting):
+    """Moves along two directions; guidance to both, to the first or to none of them where scales are 1 or 0."""
+    model, x, t, _, no = setting
+    cond, first = jnp.asarray([0, 1, 2], jnp.int32), jnp.asarray([1, 2, 0], jnp.int32)
+    guided = jax.jit(lambda w, v: two_conditions(model, first, NULL, w, v)(x, t, cond))
+    assert_close(guided(1.0, 1.0), model(x, t, cond))
+    assert_close(guided(0.0, 1.0), model(x, t, first))
+    assert_close(guided(0.0, 0.0), no)
+    assert_close(guided(0.0, 2.5), classifier_free(model, NULL, 2.5)(x, t, first))
+    parts = [model(x, t, c).eps for c in (cond, first)]
+    np.testing.assert_allclose(guided(3.0, 2.0).eps, no.eps + 2 * (parts[1] - no.eps) + 3 * (parts[0] - parts[1]))
+    assert_consistent(COSINE, x, t, guided(3.0, 2.0))
 
 
 def test_negative_conditions_act_across_the_positive_one(setting):

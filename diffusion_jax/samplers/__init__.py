@@ -1,7 +1,7 @@
 """Samplers: ways to move x from t to s < t (see `driver`), by family."""
 
 from diffusion_jax.samplers.ancestral import analytic_dpm, ancestral, ddim, ddpm, estimate_mmse, euler_ancestral
-from diffusion_jax.samplers.driver import chain, ravelled, sample
+from diffusion_jax.samplers.driver import chain, ravelled, sample, skipping
 from diffusion_jax.samplers.exponential import (
     deis,
     dpmpp_2m,

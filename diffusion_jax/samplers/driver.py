@@ -90,6 +90,15 @@ def chain(*samplers: Sampler) -> Sampler:
     return Sampler(lambda x: tuple(sampler.init(x) for sampler in samplers), step)
 
 
+def skipping(inner: Sampler) -> Sampler:
+    """`inner`, and nothing where s = t: a grid filled up with its last time is the shorter one, in the same program."""
+
+    def step(key: Key, x: Array, state: Any, t: Array, s: Array, denoise: Denoise) -> tuple[Array, Any]:
+        return jax.lax.cond(s < t, lambda: inner.step(key, x, state, t, s, denoise), lambda: (x, state))
+
+    return Sampler(inner.init, step)
+
+
 def memoryless(step: Any) -> Sampler:
     return Sampler(lambda x: (), step)
 
