@@ -1,4 +1,4 @@
-"""Where images come from: `digits`, `tfds_images`, `image_folder` and `imagenet`, each giving a `Data`.
+"""Where images come from: `digits`, `tfds_images`, `image_folder` and `imagenet`, each giving a `Data`; and `noto`.
 
 Compressed images are decoded once into uint8 arrays on disk and memory-mapped from then on; what would take more
 than `cache_bytes` is decoded whenever it is read. A cache is written under a temporary name and renamed when it
@@ -17,6 +17,7 @@ from diffusion_jax.training.sources.folders import SUFFIXES as SUFFIXES
 from diffusion_jax.training.sources.folders import folder_classes as folder_classes
 from diffusion_jax.training.sources.folders import image_folder as image_folder
 from diffusion_jax.training.sources.ilsvrc import imagenet as imagenet
+from diffusion_jax.training.sources.noto import noto as noto
 from diffusion_jax.training.sources.tfds import DEBIAN_FASHION_MNIST as DEBIAN_FASHION_MNIST
 from diffusion_jax.training.sources.tfds import tfds_images as tfds_images
 
