@@ -21,8 +21,9 @@ LAYERS = [
 CORE = set().union(*LAYERS)
 ROOMS = {  # room -> what it may import of this package beside itself; a room not named here is the surface
     "nets": LAYERS[0],
+    "text": {"typing"},
     "weights": LAYERS[0] | {"nets"},
-    "systems": CORE | {"nets", "weights"},
+    "systems": CORE | {"nets", "text", "weights"},
     "training": CORE | {"experiment"},
     "evaluation": CORE | {"nets", "weights"},
     "planning": CORE | {"arguments", "experiment", "training"},
