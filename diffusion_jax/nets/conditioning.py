@@ -6,8 +6,12 @@ A condition of b examples is a dict with any of these entries, or just the array
     vector   f32[b, n]        numbers, such as a pose or the embedding of a picture; absent where vector_mask is False
     tokens   f32[b, m, d]     a sequence of any length, such as an encoded text; token j is absent where tokens_mask is
     image    f32[b *pixels c] another signal of the size of x, such as a masked or enlarged picture; absent where 0
+    sizes    f32[b, k]        numbers that are embedded like a time, such as a picture's height and where it was cut;
+                              absent where sizes_mask is False
+    residuals                 a sequence of f32[b *pixels c], what a ControlNet adds to the features; absent where 0
 
-with vector_mask: bool[b] and tokens_mask: bool[b, m] all True unless given. With GN group normalization they enter as
+with vector_mask, sizes_mask: bool[b] and tokens_mask: bool[b, m] all True unless given. What sizes and residuals do is
+told in `text_unet`; the others, with GN group normalization, enter as
 
     e = (embedding of t) + (row of the label) + vector_mask (V_2 silu(V_1 vector))                              (1)
     h <- h + W_o softmax(q k^T / sqrt(d)) v,   q = W_q GN(h),   (k, v) = W tokens    over the tokens that are there (2)
@@ -20,7 +24,7 @@ for every example. Absence is a value, which is what classifier-free guidance ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,16 +37,21 @@ from diffusion_jax.nets.layers import GroupNorm, Linear, Options
 from diffusion_jax.ops import bcast
 from diffusion_jax.typing import Array, Cond, InputError
 
-MASKS = {"vector": "vector_mask", "tokens": "tokens_mask"}
+MASKS = {"vector": "vector_mask", "tokens": "tokens_mask", "sizes": "sizes_mask"}
 
 
 class Kinds(NamedTuple):
-    """What a network takes: the number of classes, length of the vector, width of the tokens, channels of the image."""
+    """What a network takes: the number of classes, length of the vector, width of the tokens, channels of the image.
+
+    And the number of sizes and of residuals.
+    """
 
     classes: int | None = None
     vector: int | None = None
     tokens: int | None = None
     image: int | None = None
+    sizes: int | None = None
+    residuals: int | None = None
 
 
 class Given(NamedTuple):
@@ -54,6 +63,9 @@ class Given(NamedTuple):
     tokens: Array | None = None
     tokens_mask: Array | None = None
     image: Array | None = None
+    sizes: Array | None = None
+    sizes_mask: Array | None = None
+    residuals: Sequence[Array] | None = None
 
 
 def check_kinds(kinds: Kinds) -> None:
@@ -91,6 +103,8 @@ def _check_shapes(given: Given, kinds: Kinds, x: Array) -> None:
         "tokens": (b, m, kinds.tokens),
         "tokens_mask": (b, m),
         "image": (*x.shape[:-1], kinds.image),
+        "sizes": (b, kinds.sizes),
+        "sizes_mask": (b,),
     }
     for name, shape in wanted.items():
         value, kind = getattr(given, name), jnp.bool_ if name.endswith("mask") else jnp.floating
@@ -100,6 +114,9 @@ def _check_shapes(given: Given, kinds: Kinds, x: Array) -> None:
             raise ValueError(f"{name} must be {type_name}[{listed}], got {value.dtype}{list(value.shape)}")
     if given.label is not None and not (given.label.shape == (b,) and jnp.issubdtype(given.label.dtype, jnp.integer)):
         raise ValueError(f"labels must be int[{b}], got {given.label.dtype}{list(given.label.shape)}")
+    ranks = [x.ndim] * (kinds.residuals or 0) if given.residuals is None else [r.ndim for r in given.residuals]
+    if ranks != [x.ndim] * (kinds.residuals or 0):
+        raise ValueError(f"residuals must be {kinds.residuals} arrays of {x.ndim} axes, got {len(ranks)} of {ranks}")
 
 
 def with_masks(cond: Mapping[str, Array]) -> dict[str, Array]:
@@ -109,7 +126,7 @@ def with_masks(cond: Mapping[str, Array]) -> dict[str, Array]:
     ['tokens', 'tokens_mask']
     """
     masks = {
-        mask: jnp.ones(cond[kind].shape[: 1 if kind == "vector" else 2], jnp.bool_)
+        mask: jnp.ones(cond[kind].shape[: 2 if kind == "tokens" else 1], jnp.bool_)
         for kind, mask in MASKS.items()
         if kind in cond
     }
@@ -119,8 +136,8 @@ def with_masks(cond: Mapping[str, Array]) -> dict[str, Array]:
 def absent(cond: Cond, classes: int | None = None) -> Cond:
     """The null condition, scalars with the structure of `cond`: nothing of it is there, for every example.
 
-    Give it to `classifier_free`, or put it in place of some examples' condition in training. ValueError for a vector
-    or tokens without a mask (see `with_masks`), or for a label without the number of classes.
+    Give it to `classifier_free`, or put it in place of some examples' condition in training. ValueError for a vector,
+    tokens or sizes without a mask (see `with_masks`), or for a label without the number of classes.
 
     >>> absent({"label": jnp.array([3]), "image": jnp.ones((1, 8, 8, 1))}, classes=10)
     {'label': 10, 'image': 0.0}
@@ -132,8 +149,12 @@ def absent(cond: Cond, classes: int | None = None) -> Cond:
             raise ValueError(f"{kind} can only be absent where {mask} says so: with_masks(cond) adds it")
     if "label" in cond and classes is None:
         raise ValueError("the absent label is the number of classes, which was not given")
-    values = {"label": classes, "vector_mask": False, "tokens_mask": False}
-    return {name: values.get(name, 0.0) for name in cond}
+    values = {"label": classes, **dict.fromkeys(MASKS.values(), False)}
+    return {name: _filled(value, values.get(name, 0.0)) for name, value in cond.items()}
+
+
+def _filled(tree: Cond, leaf: float | None) -> Cond:
+    return jax.tree.map(lambda _: leaf, tree)
 
 
 class VectorEmbedding(nnx.Module):

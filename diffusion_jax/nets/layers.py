@@ -78,35 +78,52 @@ class Linear(nnx.Module):
         return y + _per_channel(self.bias[...].astype(self.dtype), y)
 
 
-def joint(x: Array, *linears: Linear) -> list[Array]:
-    """Several linear layers on the same input in one matrix product, which is faster than one for each."""
+class Projection(nnx.Module):
+    """y = x W, without a bias: `[*b, n_in] -> [*b, n_out]` in `dtype`."""
+
+    def __init__(self, rngs: nnx.Rngs, n_in: int, n_out: int, dtype: DType):
+        self.kernel = nnx.Param(xavier(rngs, (n_in, n_out)))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+
+
+def joint(x: Array, *linears: Linear | Projection) -> list[Array]:
+    """Several linear layers on the same input in one matrix product, which is faster than one for each.
+
+    Either all of them have a bias or none.
+    """
     dtype = linears[0].dtype
     kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1).astype(dtype)
-    bias = jnp.concatenate([linear.bias[...] for linear in linears]).astype(dtype)
     y = jnp.matmul(x.astype(dtype), kernel)
+    biases = [linear.bias[...] for linear in linears if isinstance(linear, Linear)]
+    if biases:
+        y = y + _per_channel(jnp.concatenate(biases).astype(dtype), y)
     ends = np.cumsum([linear.kernel.shape[1] for linear in linears])[:-1]
-    return jnp.split(y + _per_channel(bias, y), ends, axis=-1)
+    return jnp.split(y, ends, axis=-1)
 
 
 class Conv(nnx.Module):
-    """A convolution of odd width: `[b, *pixels, n_in] -> [b, *pixels / stride, n_out]` in `dtype`.
+    """A convolution: `[b, *pixels, n_in] -> [b, *pixels / stride, n_out]` in `dtype`.
 
     width and stride are one number for all axes, or one for each: width (1, 3, 3) looks within each frame of a video.
-    Padding is "SAME": with stride 2 and an even size it is one row after the picture and none before, as in DDPM.
+    padding: rows of zeros on every side. None is "SAME", for odd widths: with stride 2 and an even size it is one row
+    after the picture and none before, as in DDPM.
     `call(x, bias=False)` leaves the bias out, for a group normalization that takes it as its offset.
     """
 
     def __init__(
         self, rngs: nnx.Rngs, n_in: int, n_out: int, o: Options, *, width: PerAxis = 3, stride: PerAxis = 1,
-        init: Initializer = xavier,
+        padding: int | None = None, init: Initializer = xavier,
     ):  # fmt: skip
         self.kernel = nnx.Param(init(rngs, (*per_axis(width, o.ndim), n_in, n_out)))
         self.bias = nnx.Param(jnp.zeros((n_out,), jnp.float32))
-        self.stride = stride
+        self.stride, self.padding = stride, padding
         self.dtype = o.dtype
 
     def __call__(self, x: Array, *, bias: bool = True) -> Array:
-        y = conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+        y = conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.padding)
         return y + _per_channel(self.bias[...].astype(self.dtype), y) if bias else y
 
 
@@ -122,14 +139,16 @@ def per_axis(n: PerAxis, ndim: int) -> tuple[int, ...]:
     return sizes
 
 
-def conv(x: Array, kernel: Array, stride: PerAxis = 1) -> Array:
-    """Convolve `x: [b, *pixels, n_in]` with `kernel: [*widths, n_in, n_out]`, padding "SAME".
+def conv(x: Array, kernel: Array, stride: PerAxis = 1, padding: int | None = None) -> Array:
+    """Convolve `x: [b, *pixels, n_in]` with `kernel: [*widths, n_in, n_out]`, padding "SAME" or as many rows a side.
 
     Of three axes, those along which nothing happens join others, because compilers have fast code for two.
     """
     ndim = x.ndim - 2
     pixels, strides = "DHW"[-ndim:], per_axis(stride, ndim)
     numbers = (f"N{pixels}C", f"{pixels}IO", f"N{pixels}C")
+    if padding is not None:
+        return jax.lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * ndim, dimension_numbers=numbers)
     idle = [width == step == 1 for width, step in zip(kernel.shape, strides, strict=False)]
     if all(idle):
         return jnp.matmul(x, kernel[(0,) * ndim])

@@ -244,13 +244,13 @@ def attend_along(q: Array, k: Array, v: Array, heads: int, axes: tuple[int, ...]
 
 
 class ResnetBlock(nnx.Module):
-    """Equation (1)."""
+    """Equation (1), with eps in the root of its normalizations."""
 
-    def __init__(self, rngs: nnx.Rngs, n_in: int, n_out: int, n_emb: int, o: Options):
-        self.norm1 = GroupNorm(n_in, o.groups)
+    def __init__(self, rngs: nnx.Rngs, n_in: int, n_out: int, n_emb: int, o: Options, eps: float = 1e-6):
+        self.norm1 = GroupNorm(n_in, o.groups, eps)
         self.conv1 = convolution(rngs, n_in, n_out, o)
         self.time_emb_proj = Linear(rngs, n_emb, n_out, o.dtype)
-        self.norm2 = GroupNorm(n_out, o.groups)
+        self.norm2 = GroupNorm(n_out, o.groups, eps)
         self.conv2 = convolution(rngs, n_out, n_out, o, init=layers.zeros)
         self.conv_shortcut = None if n_in == n_out else Conv(rngs, n_in, n_out, o, width=1)
         self.dropout = o.dropout
