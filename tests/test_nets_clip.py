@@ -1,5 +1,7 @@
 """CLIP's tower for texts: its sizes, what a place sees, where the end of a text is, and its weights' names."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +20,18 @@ from diffusion_jax.nets.clip import (
 from diffusion_jax.typing import InputError
 from diffusion_jax.weights.clip import from_transformers, text_from_transformers, text_to_transformers
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "mlp": 24, "vocab": 12, "length": 7, "n_out": 6, "eos": 9}
+TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "mlp": 24, "vocab": 12, "length": 7, "n_out": 6, "eos": 9}
 IDS = jnp.array([[8, 1, 2, 9, 9, 9], [8, 3, 9, 11, 9, 10]])
 KEY = jax.random.key(0)
 
 
+def tower(**more: Any):
+    return clip_text(**{**TINY, **more})
+
+
 @pytest.fixture(scope="module")
 def tiny():
-    encoder = clip_text(**TINY)
+    encoder = tower()
     return jax.jit(encoder.apply), encoder.init(KEY)
 
 
@@ -57,7 +63,7 @@ def test_a_place_sees_what_is_before_it_only(tiny):
 
 def test_pooled_is_the_first_end_of_text_whatever_comes_after(tiny):
     apply, params = tiny
-    pooled, last = apply(params, IDS).pooled, clip_text(**TINY | {"n_out": None})
+    pooled, last = apply(params, IDS).pooled, tower(n_out=None)
     bare = {"text_model": params["text_model"]}
     hidden, unprojected = jax.jit(last.apply)(bare, IDS)
     for row, place in enumerate((3, 2)):  # the highest id, which is no end of text, stands after it
@@ -73,10 +79,10 @@ def test_an_earlier_layer_is_that_of_a_shorter_tower(tiny):
     layers = params["text_model"]["encoder"]["layers"]
     short = {**params, "text_model": {**params["text_model"], "encoder": {"layers": {"0": layers["0"]}}}}
     for normed in (True, False):
-        earlier = clip_text(**TINY, layer=-2, normed=normed).apply(params, IDS).hidden
-        shorter = clip_text(**TINY | {"depth": 1}, normed=normed).apply(short, IDS).hidden
+        earlier = tower(layer=-2, normed=normed).apply(params, IDS).hidden
+        shorter = tower(depth=1, normed=normed).apply(short, IDS).hidden
         np.testing.assert_allclose(earlier, shorter, atol=1e-6)
-    words = clip_text(**TINY, layer=-3, normed=False).apply(params, IDS).hidden
+    words = tower(layer=-3, normed=False).apply(params, IDS).hidden
     tables = params["text_model"]["embeddings"]
     expected = tables["token_embedding"]["embedding"][IDS] + tables["position_embedding"]["embedding"][None, :6]
     np.testing.assert_allclose(words, expected)
@@ -86,15 +92,13 @@ def test_activations_are_what_they_are_called():
     x = jnp.linspace(-3.0, 3.0, 13)
     np.testing.assert_allclose(gelu(x), x * jax.scipy.stats.norm.cdf(x), atol=1e-6)
     np.testing.assert_allclose(quick_gelu(x), x / (1 + np.exp(-1.702 * x)), atol=1e-6)
-    results = [
-        clip_text(**TINY, act=act).apply(clip_text(**TINY).init(KEY), IDS).hidden for act in ("gelu", "quick_gelu")
-    ]
+    results = [tower(act=act).apply(tower().init(KEY), IDS).hidden for act in ("gelu", "quick_gelu")]
     assert 1e-5 < np.abs(results[0] - results[1]).max() < 0.1
 
 
 def test_bfloat16_is_close_and_gives_float32(tiny):
     apply, params = tiny
-    half = clip_text(**TINY, dtype=jnp.bfloat16, remat="full").apply(params, IDS)
+    half = tower(dtype=jnp.bfloat16, remat="full").apply(params, IDS)
     for a, b in zip(half, apply(params, IDS), strict=True):
         assert a.dtype == jnp.float32
         assert 0 < np.abs(a - b).max() < 0.05 * np.abs(b).max()
@@ -143,7 +147,7 @@ def test_total_or_an_error(tiny):
 def test_what_it_refuses(tiny):
     for more in ({"act": "relu"}, {"layer": 0}, {"layer": -4}, {"heads": 3}):
         with pytest.raises(InputError):
-            clip_text(**TINY | more)
+            tower(**more)
     apply, params = tiny
     for ids in (IDS[0], jnp.zeros((1, 8), int), jnp.zeros((1, 4))):
         with pytest.raises(ValueError, match="ids must be int"):

@@ -148,7 +148,7 @@ def conv(x: Array, kernel: Array, stride: PerAxis = 1, padding: int | None = Non
     pixels, strides = "DHW"[-ndim:], per_axis(stride, ndim)
     numbers = (f"N{pixels}C", f"{pixels}IO", f"N{pixels}C")
     if padding is not None:
-        return jax.lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * ndim, dimension_numbers=numbers)
+        return jax.lax.conv_general_dilated(x, kernel, strides, [(padding, padding)] * ndim, dimension_numbers=numbers)
     idle = [width == step == 1 for width, step in zip(kernel.shape, strides, strict=False)]
     if all(idle):
         return jnp.matmul(x, kernel[(0,) * ndim])
