@@ -115,9 +115,10 @@ def with_extras(family: str) -> tuple[dict, dict]:
     text = {"sd1": "cond_stage_model.transformer.text_model.embeddings.", "sd2": "cond_stage_model.model.",
             "sdxl": "conditioner.embedders.0.transformer.text_model.embeddings."}[family]  # fmt: skip
     extras = {
-        "betas": np.ones(3, np.float32), "alphas_cumprod": np.linspace(0.9, 0.1, 3), "sqrt_recip_alphas_cumprod": np.ones(3),
-        "model_ema.decay": np.float32(0.9999), "model_ema.num_updates": np.int64(3), "logvar": np.zeros(3),
-        f"{text}position_ids": np.arange(7)[None], "first_stage_model.loss.discriminator.main.0.weight": np.ones((2, 2)),
+        "betas": np.ones(3, np.float32), "alphas_cumprod": np.linspace(0.9, 0.1, 3), "logvar": np.zeros(3),
+        "sqrt_recip_alphas_cumprod": np.ones(3), "model_ema.decay": np.float32(0.9999),
+        "model_ema.num_updates": np.int64(3), f"{text}position_ids": np.arange(7)[None],
+        "first_stage_model.loss.discriminator.main.0.weight": np.ones((2, 2)),
     }  # fmt: skip
     if family == "sd2":
         extras |= {f"{text}text_projection": np.eye(8), f"{text}logit_scale": np.float32(4.6)}
