@@ -4,6 +4,7 @@ A model is one of
 
     NAME.safetensors                                                   all weights                              (1)
     NAME.safetensors.index.json + the files it names                   {"weight_map": {weight: file}}           (2)
+        of a variant, as diffusers calls it                            NAME.safetensors.index.VARIANT.json
     a folder with one of these in it, as diffusers writes them                                                  (3)
 
 float16, bfloat16, float32 and the integers keep their type and every bit, in and out.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 from diffusion_jax.typing import InputError
 
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
+AN_INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$")
 State = dict[str, np.ndarray]
 
 
@@ -32,7 +35,7 @@ def load(path: str | os.PathLike[str]) -> State:
     NumPy does not have, and parts that lack a weight, hold one twice or one that their index does not know.
     """
     path = find(path)
-    if not path.name.endswith(INDEX):
+    if not AN_INDEX.search(path.name):
         return _load_one(path)
     found: State = {}
     for file, expected in sorted(_parts(path).items()):
@@ -45,7 +48,7 @@ def load(path: str | os.PathLike[str]) -> State:
 def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The texts in the header of one safetensors file; InputError as `load`."""
     path = find(path)
-    if path.name.endswith(INDEX):
+    if AN_INDEX.search(path.name):
         path = path.parent / min(_parts(path))
     with _opened(path) as file:
         return dict(file.metadata() or {})
@@ -95,7 +98,7 @@ def find(path: str | os.PathLike[str]) -> Path:
         return there[0]
     if not path.is_file():
         raise InputError(f"there are no weights at {path}: give a {SUFFIX} file, its index, or their folder")
-    if not path.name.endswith((SUFFIX, INDEX)):
+    if not path.name.endswith(SUFFIX) and not AN_INDEX.search(path.name):
         raise InputError(f"{path} is not a {SUFFIX} file; other formats, such as pickles, are not read")
     return path
 
