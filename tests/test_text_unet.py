@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from anywhere import params_like
 from flax import nnx
 
 from diffusion_jax.guidance import classifier_free
@@ -51,18 +52,10 @@ def conditions():
     )
 
 
-def shaken(params):
-    """The parameters moved a little, so that nothing is zero."""
-    leaves, tree = jax.tree.flatten(params)
-    noise = jax.random.normal(jax.random.key(1), (sum(leaf.size for leaf in leaves),))
-    parts = jnp.split(noise, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return tree.unflatten([leaf + 0.1 * jnp.reshape(z, leaf.shape) for leaf, z in zip(leaves, parts, strict=True)])
-
-
 @pytest.fixture(scope="module")
 def everything():
     net = text_unet(**ALL)
-    return jax.jit(net.apply), shaken(net.init(KEY)), normal(1, B, H, W, 2)
+    return jax.jit(net.apply), params_like(net.init), normal(1, B, H, W, 2)
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
