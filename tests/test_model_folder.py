@@ -235,15 +235,16 @@ class Hub(SimpleNamespace):
     def HfApi(self):
         return self
 
-    def list_repo_files(self, name):
+    def model_info(self, name, *, timeout):
         if not self.online:
-            raise OSError("no network")
-        return [str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()]
+            raise OSError("no\nnetwork")
+        found = (str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in found])
 
     def snapshot_download(self, name, *, allow_patterns, local_files_only):
         self.asked.append((name, allow_patterns, local_files_only))
         if self.folder is None:
-            raise RuntimeError("nothing\nkept")
+            raise RuntimeError("nothing kept")
         return str(self.folder)
 
 
@@ -255,7 +256,7 @@ def test_names_on_the_hub(folder, monkeypatch, tmp_path):
         ((name, patterns, local),) = hub.asked
         assert (name, local, patterns is None) == ("somebody/some-model.v1", not online, not online)
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(None, False))
-    refused("there is no folder a/b, and the model of that name cannot be had: nothing kept", "a/b")
+    refused("there is no folder a/b, and the model of that name cannot be had: no network", "a/b")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(r"pip install 'diffusion-jax\[hub\]' is needed", "a/b")
     refused("there is no model at a/b/c", "a/b/c")

@@ -151,16 +151,22 @@ def fetch(path: str | os.PathLike[str], *, variant: str | None = None, component
         raise InputError(
             f"there is no folder {path}, and to get the model of that name pip install 'diffusion-jax[hub]' is needed"
         ) from None
+    return _snapshot(huggingface_hub, str(path), variant, components)
+
+
+def _snapshot(hub: Any, name: str, variant: str | None, components: Sequence[str] | None) -> Path:
+    """What the Hub has of a model, or, if it cannot be asked, what of it was kept before."""
+    reason: Exception | None = None
     try:
-        names = _listed(huggingface_hub, str(path))
-        patterns = None if names is None else wanted(names, variant, components)
-        offline = patterns is None
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns, local_files_only=offline))
-    except InputError:
-        raise
+        names = [file.rfilename for file in hub.HfApi().model_info(name, timeout=20).siblings]
     except Exception as error:  # of many kinds, by version: no network, no such model, no leave to read it
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"there is no folder {path}, and the model of that name cannot be had: {reason}") from error
+        names, reason = None, error
+    patterns = None if names is None else wanted(names, variant, components)
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=patterns, local_files_only=names is None))
+    except Exception as error:
+        why = " ".join(str(reason or error).split())[:200]
+        raise InputError(f"there is no folder {name}, and the model of that name cannot be had: {why}") from error
 
 
 def wanted(names: Iterable[str], variant: str | None = None, components: Sequence[str] | None = None) -> list[str]:
@@ -194,14 +200,6 @@ def choose(names: Iterable[str], variant: str | None = None) -> list[str]:
                 whole = [name for name in found[pickled, of] if "-of-" not in name and ".index." not in name]
                 return whole[:1] or found[pickled, of]
     return []
-
-
-def _listed(hub: Any, name: str) -> list[str] | None:
-    """The files of a model on the Hub, None if it cannot be asked: what is kept here may do."""
-    try:
-        return list(hub.HfApi().list_repo_files(name))
-    except Exception:
-        return None
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
