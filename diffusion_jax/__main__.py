@@ -67,6 +67,7 @@ def sample_options(
     steps: Count | None = None,
     guidance: float | None = None,
     label: Natural | None = None,
+    prompt: str = "",
     format: Literal["png", "npz", "grid"] = "png",
     checkpoint: str = "newest",
     ema: Amount | None = None,
@@ -88,6 +89,7 @@ def sample_options(
         steps: another number of sampling steps than the experiment's.
         guidance: another scale of classifier-free guidance than the experiment's.
         label: draw this class only; by default all classes in turn.
+        prompt: what to draw, for experiments that are conditioned on texts.
         format: png writes each picture and a grid (video as .gif, sound as .wav), npz one file of arrays and a grid,
             grid the grid alone.
         checkpoint: newest, best, or a step.
@@ -124,7 +126,8 @@ def train(name: str, words: list[str]) -> None:
     result = fit(experiment, folder, record, **where)
     if not hosts.first():
         return
-    print(f"pictures and numbers: {folder}/samples.png, denoising.gif, metrics.jsonl")
+    names = [name for name in ("samples.png", "denoising.gif", "metrics.jsonl") if (folder / name).exists()]
+    print(f"pictures and numbers: {folder}/{', '.join(names)}")
     for key, value in result.items():
         if key not in ("step", "finished"):
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

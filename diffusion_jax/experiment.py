@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from diffusion_jax.training.data import Data, Prepare, prepare, to_uint8
 from diffusion_jax.training.ema import Decays, PowerFunction, several
 from diffusion_jax.training.state import TrainState, init_state
 from diffusion_jax.training.step import LossFn, Objective, make_loss_fn
-from diffusion_jax.typing import Array, Cond, Denoiser, FlowMap, InputError, Net, Params, Sampler, Schedule
+from diffusion_jax.typing import Array, Cond, Denoiser, FlowMap, InputError, Key, Net, Params, Sampler, Schedule
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Experiment:
     run that begins calls it once. staged: the objective changes as the run goes on; it takes `step` as a keyword, the
     number of updates made, which is absent where it judges. flow_map: turns the denoiser of a model of two times into
     its flow map; samples then are jumps of that along `times`, unless another sampler is asked for.
+    read_texts: texts -> a condition that leads with [n], for what is conditioned on texts; `texts` are drawn in grids.
+    drawing: (params, keys: [b], labels) -> f32[b *d], what is shown and drawn in place of samples, of an autoencoder say.
     evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> the decoded examples.
     """
 
@@ -85,6 +87,9 @@ class Experiment:
     start: Callable[[], Params] | None = None
     staged: bool = False
     flow_map: Callable[[Denoiser], FlowMap] | None = None
+    read_texts: Callable[[Sequence[str]], Cond] | None = None
+    texts: tuple[str, ...] = ()
+    drawing: Callable[[Params, Key, Cond], Array] | None = None
     evaluate: Callable[[Callable[[np.ndarray, int], np.ndarray]], Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from diffusion_jax.training.mesh import make_mesh, replicated
 from diffusion_jax.training.parameters import read_parameters
 from diffusion_jax.training.snapshots import reconstruct
 from diffusion_jax.training.state import dotted
-from diffusion_jax.typing import InputError, Params, Sampler, Schedule
+from diffusion_jax.typing import Cond, InputError, Params, Sampler, Schedule
 
 SAMPLERS: dict[str, Callable[[Schedule], Sampler]] = {
     "ddpm": samplers.ddpm,
@@ -49,7 +49,7 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     hosts.check_alike({"arguments": same}, folder=str(folder))
     check_at_least(1, n=options["n"])
     check_seed(options["seed"])
-    labels, how = chosen_labels(experiment, options), media.look(experiment)
+    labels, how = chosen_conditions(experiment, options), media.look(experiment)
     if how.kind == "array" and options["format"] != "npz":
         raise InputError(f"format={options['format']}: this experiment makes what cannot be shown; format=npz keeps it")
     draw = make_draw(
@@ -67,7 +67,7 @@ def draw_to_folder(experiment: Experiment, folder: Path, options: Mapping[str, A
     hosts.on_first(lambda: out.mkdir(parents=True, exist_ok=True), "folder")
     pictures = make_pictures(draw, mesh, at_a_time(experiment), experiment.decode)
     parts = pictures(chosen.params, options["n"], options["seed"], labels)
-    return _write(parts, out, options, labels, how)
+    return _write(parts, out, options, labels if isinstance(labels, np.ndarray) else None, how)
 
 
 class Chosen(NamedTuple):
@@ -143,6 +143,19 @@ def _best(folder: Path) -> int | None:
     return min(known, key=lambda step: known[step], default=None)
 
 
+def chosen_conditions(experiment: Experiment, options: Mapping[str, Any]) -> Cond:
+    """What options["prompt"] stands for, n times, or `chosen_labels`. InputError for what does not fit."""
+    prompt, n = options.get("prompt", ""), options["n"]
+    if experiment.read_texts is None:
+        if prompt:
+            raise InputError("prompt= is for experiments that are conditioned on texts; this one is not")
+        return chosen_labels(experiment, options)
+    if options["label"] is not None:
+        raise InputError("label= is for experiments with classes; this one takes prompt=")
+    texts = [prompt] * n if prompt else [experiment.texts[i % len(experiment.texts)] for i in range(n)]
+    return jax.tree.map(np.asarray, experiment.read_texts(texts))
+
+
 def chosen_labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndarray | None:
     """i32[n]: all classes in turn, or options["label"] alone; None without classes. InputError for a wrong one."""
     n, label, classes = options["n"], options["label"], classes_of(experiment)
@@ -152,7 +165,7 @@ def chosen_labels(experiment: Experiment, options: Mapping[str, Any]) -> np.ndar
         return None
     if label is not None and not 0 <= label < classes:
         raise InputError(f"label={label}: this experiment has the classes 0 to {classes - 1}")
-    return np.arange(n) % classes if label is None else np.full(n, label)
+    return (np.arange(n) % classes if label is None else np.full(n, label)).astype(np.int32)
 
 
 def chosen_sampler(experiment: Experiment, name: str) -> Sampler | None:

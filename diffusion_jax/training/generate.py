@@ -19,12 +19,13 @@ from diffusion_jax.samplers import jump, sample
 from diffusion_jax.training import hosts
 from diffusion_jax.training.data import to_uint8
 from diffusion_jax.training.mesh import on_mesh, replicated, split_axis
-from diffusion_jax.typing import Array, InputError, Params, Sampler
+from diffusion_jax.typing import Array, Cond, InputError, Params, Sampler
 
-Draw = Callable[[Params, Array, Array | None], Array]
-"""(params, keys: [b], labels: i32[b] or None) -> f32[b *d]."""
+Draw = Callable[[Params, Array, Cond], Array]
+"""(params, keys: [b], labels: i32[b], another condition, or None) -> f32[b *d]."""
 Pictures = Callable[..., Iterator[np.ndarray]]
-"""(params, n, seed, labels: [n] or None) -> n pictures, u8[k, h, w, c] or what `decode` gives, k at a time."""
+"""(params, n, seed, labels: i32[n], another condition, or None) -> n pictures, u8[k, h, w, c] or what `decode` gives, k
+at a time."""
 
 
 def classes_of(experiment: Experiment) -> int | None:
@@ -47,6 +48,8 @@ def make_draw(
     not given is the experiment's: of one with a flow map, jumps of that, without guidance. With `trajectory`,
     f32[steps + 1, b *d]. InputError for steps that its grid cannot have, and for guidance of jumps.
     """
+    if experiment.drawing is not None:
+        return _only(experiment.drawing, sampler, steps, guidance, trajectory)
     n = experiment.sample_steps if steps is None else steps
     try:
         times = experiment.times(n)
@@ -72,6 +75,13 @@ def make_draw(
         return sample(fold(keys, 1), chosen, denoiser, x, times, cond, trajectory=trajectory)
 
     return draw
+
+
+def _only(drawing: Draw, *asked: Any) -> Draw:
+    """What is drawn in place of samples; InputError for options of samples."""
+    if any(asked):
+        raise InputError("this experiment draws no samples: give no sampler=, steps= or guidance=")
+    return drawing
 
 
 def example_keys(seed: int, start: int, count: int) -> Array:
@@ -106,14 +116,14 @@ def make_pictures(draw: Draw, mesh: Mesh, batch: int, decode: Callable[[Array], 
     keys_of = jax.jit(example_keys, static_argnums=2, out_shardings=rows)
     program = picture_program(draw, mesh, decode)
 
-    def begin(params: Params, n: int, seed: int, labels: np.ndarray | None, start: int) -> Array:
+    def begin(params: Params, n: int, seed: int, labels: Cond, start: int) -> Array:
         wanted = None
         if labels is not None:
             place = np.minimum(np.arange(start, start + batch), n - 1)[own]
-            wanted = hosts.place(labels[place].astype(np.int32), rows, batch)
+            wanted = jax.tree.map(lambda leaf: hosts.place(leaf[place], rows, batch), labels)
         return program(params, keys_of(np.uint32(seed), np.int32(start), batch), wanted)
 
-    def pictures(params: Params, n: int, seed: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    def pictures(params: Params, n: int, seed: int, labels: Cond = None) -> Iterator[np.ndarray]:
         params = jax.device_put(params, replicated(mesh))
         ahead = begin(params, n, seed, labels, 0)
         for start in range(0, n, batch):

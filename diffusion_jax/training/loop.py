@@ -38,7 +38,7 @@ from diffusion_jax.training.roofline import image_share
 from diffusion_jax.training.snapshots import keep_until, save_snapshots
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_dispatch, make_train_step
-from diffusion_jax.typing import InputError, Params
+from diffusion_jax.typing import Cond, InputError, Params
 
 JUDGED = 512
 """About so many examples on which checkpoints are compared."""
@@ -290,9 +290,12 @@ def _finish(run: _Run, state: TrainState) -> dict[str, float]:
     return line
 
 
-def _grid_labels(experiment: Experiment, rows: int) -> tuple[int, int, np.ndarray | None]:
-    """(examples, columns, labels) of a sample grid: a column for each class, up to ten of them."""
+def _grid_labels(experiment: Experiment, rows: int) -> tuple[int, int, Cond]:
+    """(examples, columns, conditions) of a sample grid: a column for each class, up to ten, or for each text."""
     classes = classes_of(experiment)
+    if experiment.texts and experiment.read_texts is not None:
+        columns = len(experiment.texts)
+        return columns * rows, columns, experiment.read_texts(experiment.texts * rows)
     if classes is None:
         return rows * 8, 8, None
     columns = min(10, classes)
@@ -313,6 +316,8 @@ def _sample_grid(run: _Run, state: TrainState, name: str) -> None:
 
 
 def _animate(run: _Run, state: TrainState) -> None:
+    if run.experiment.drawing is not None:
+        return
     how = media.look(run.experiment)
     n, columns, labels = _grid_labels(run.experiment, min(4, media.ROWS[how.kind]))
     if n == 0:

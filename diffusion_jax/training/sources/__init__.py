@@ -17,6 +17,7 @@ from diffusion_jax.training.sources.folders import SUFFIXES as SUFFIXES
 from diffusion_jax.training.sources.folders import folder_classes as folder_classes
 from diffusion_jax.training.sources.folders import image_folder as image_folder
 from diffusion_jax.training.sources.ilsvrc import imagenet as imagenet
+from diffusion_jax.training.sources.noto import captioned_emoji as captioned_emoji
 from diffusion_jax.training.sources.noto import noto as noto
 from diffusion_jax.training.sources.tfds import DEBIAN_FASHION_MNIST as DEBIAN_FASHION_MNIST
 from diffusion_jax.training.sources.tfds import tfds_images as tfds_images

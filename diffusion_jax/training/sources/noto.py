@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.training.data import Data
 from diffusion_jax.typing import InputError
 
 SIZE, COLUMNS = 64, 40
@@ -41,6 +42,18 @@ def noto(size: int = 64) -> Captioned:
     cut = pixels.reshape(rows, SIZE, COLUMNS, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIZE, SIZE, 3)
     names = [tuple(dict.fromkeys((entry["caption"], *entry["aliases"]))) for entry in entries]
     return Captioned(_smaller(cut[: len(entries)], SIZE // size), names, [entry["category"] for entry in entries])
+
+
+def captioned_emoji(size: int = 64) -> Data:
+    """The pictures as a data set: examples are {"image", "label"}, the label being the picture's number in `noto`.
+
+    About 5 % are held out. InputError as `noto`.
+    """
+    found = noto(size)
+    test = held_out(found.names)
+    label = np.arange(len(test), dtype=np.int32)
+    train, rest = ({"image": found.images[rows], "label": label[rows]} for rows in (~test, test))
+    return Data(train, rest, (), (size, size, 3))
 
 
 def held_out(names: list[tuple[str, ...]], share: float = 0.05) -> np.ndarray:
