@@ -103,7 +103,9 @@ def experiment(
         schedule=schedule,
         read=lambda net: parameterize(lambda x, t, cond: net(x, t, as_tokens(cond)), schedule, "v", lambda t: 1000 * t),
         objective=make_objective(schedule, draw_stratified(), partial(denoising_loss, target="v")),
-        optimizer=optimizers.adamw(optimizers.inverse_sqrt(learning_rate, max(1, steps // 10), min(warmup, steps // 2))),
+        optimizer=optimizers.adamw(
+            optimizers.inverse_sqrt(learning_rate, max(1, steps // 10), min(warmup, steps // 2))
+        ),
         ema=ema.constant(0.999),
         sampler=dpmpp_2m(schedule),
         times=uniform,

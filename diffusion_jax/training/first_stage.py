@@ -59,7 +59,6 @@ def decoder(stage: FirstStage, scale: float) -> Callable[[Array], Array]:
     )
 
 
-
 def latents_of(stage: FirstStage, folder: Path, scale: float, source: str) -> Data:
     """The latents of the data that an autoencoder was trained on, encoded into a folder when they are first asked for.
 
