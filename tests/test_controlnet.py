@@ -9,7 +9,7 @@ import pytest
 from anywhere import params_like
 
 from diffusion_jax.nets import count
-from diffusion_jax.nets.controlnet import controlnet, copied, sd2_controlnet, sd15_controlnet, sdxl_controlnet
+from diffusion_jax.nets.controlnet import controlnet, copied, scaled, sd2_controlnet, sd15_controlnet, sdxl_controlnet
 from diffusion_jax.nets.text_unet import text_unet
 from diffusion_jax.typing import InputError
 from diffusion_jax.weights.text_unet import from_diffusers, to_diffusers
@@ -19,7 +19,7 @@ B, H, W = 2, 3, 4
 BOTH: dict[str, Any] = {
     "n_in": 2, "widths": (8, 16), "blocks": 1, "attends": (True, False), "heads": 2, "groups": 4, "tokens": 6,
 }  # fmt: skip
-OWN: dict[str, Any] = {"picture": 1, "picture_widths": (4, 6, 8)}
+OWN: dict[str, Any] = {"picture": 1, "hints": (4, 6, 8)}
 X = jax.random.normal(jax.random.key(1), (B, H, W, 2))
 T = jnp.array([3.0, 800.0])
 TOKENS = jax.random.normal(jax.random.key(2), (B, 5, 6))
@@ -65,13 +65,10 @@ def test_starts_as_nothing_and_copies_the_way_down(net):
 
 def test_residuals_scale_for_each_example_and_depend_on_the_picture(net):
     apply, params = net
-    scaled = apply(params, X, T, COND, scale=jnp.array([0.5, 0.0]))
-    full, other = (
-        apply(params, X, T, COND, scale=jnp.ones(2)),
-        apply(params, X, T, COND | {"image": 1 - PICTURE}, scale=jnp.ones(2)),
-    )
+    full, other = apply(params, X, T, COND), apply(params, X, T, COND | {"image": 1 - PICTURE})
+    half = scaled(full, jnp.array([0.5, 0.0]))
     assert [r.shape for r in full] == [(B, 3, 4, 8), (B, 3, 4, 8), (B, 2, 2, 8), (B, 2, 2, 16), (B, 2, 2, 16)]
-    for a, b, c in zip(full, scaled, other, strict=True):
+    for a, b, c in zip(full, half, other, strict=True):
         np.testing.assert_allclose(b[0], 0.5 * a[0], rtol=1e-6)
         np.testing.assert_array_equal(b[1], jnp.zeros_like(b[1]))
         assert np.max(np.abs(a - c)) > 1e-4
@@ -100,5 +97,5 @@ def test_what_it_refuses(net):
             apply(params, X, T, cond)
     with pytest.raises(ValueError, match="no condition 'residuals'"):
         apply(params, X, T, COND | {"residuals": (X,)})
-    with pytest.raises(InputError, match="picture_widths"):
-        controlnet(**BOTH, picture_widths=())
+    with pytest.raises(InputError, match="hints"):
+        controlnet(**BOTH, hints=())

@@ -90,25 +90,22 @@ def kl_autoencoder(
     InputError if the arguments do not fit together; ValueError for inputs of the wrong shape.
     Source: Rombach et al. 2022, equations (1) to (4).
     """
-    if not widths or min(*widths, blocks, channels, latent) < 1:
-        raise InputError(f"needs widths, blocks and channels of at least 1, got {tuple(widths)}, {blocks}, {channels}")
-    options = Options(groups or layers.default_groups(widths[0]), 1, 0.0, dtype)
-    if any(width % options.groups for width in widths):
-        raise InputError(f"widths={tuple(widths)} must be divisible by groups={options.groups}")
-    encoder = functional(lambda rngs: _Encoding(rngs, channels, tuple(widths), blocks, latent, options, remat))
-    decoder = functional(lambda rngs: _Decoding(rngs, channels, tuple(widths), blocks, latent, options, remat))
+    options = make_options(widths, blocks, channels, latent, groups, dtype)
+    both = 2 * latent
+    encoder = functional(lambda rngs: Encoding(rngs, channels, both, both, tuple(widths), blocks, options, remat))
+    decoder = functional(lambda rngs: Decoding(rngs, latent, latent, channels, tuple(widths), blocks, options, remat))
 
     def init(key: Key) -> Params:
         return encoder.init(jax.random.fold_in(key, 0)) | decoder.init(jax.random.fold_in(key, 1))
 
     def encode(params: Params, x: Array) -> Gaussian:
-        _check("x", x, channels, 2 ** (len(widths) - 1))
-        mean, logvar = jnp.split(encoder.apply(_part(params, "encoder", "quant_conv"), x, _no_time(x)), 2, axis=-1)
+        check_image("x", x, channels, 2 ** (len(widths) - 1))
+        mean, logvar = jnp.split(encoder.apply(part(params, "encoder", "quant_conv"), x, no_time(x)), 2, axis=-1)
         return Gaussian(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(params: Params, z: Array) -> Array:
-        _check("z", z, latent, 1)
-        return decoder.apply(_part(params, "decoder", "post_quant_conv"), z, _no_time(z))
+        check_image("z", z, latent, 1)
+        return decoder.apply(part(params, "decoder", "post_quant_conv"), z, no_time(z))
 
     return Autoencoder(init, encode, decode)
 
@@ -118,18 +115,33 @@ def sd_vae(*, dtype: layers.DType = jnp.float32, remat: layers.Remat = "none") -
     return kl_autoencoder(dtype=dtype, remat=remat)
 
 
-def _part(params: Params, *names: str) -> Params:
+def make_options(
+    widths: Sequence[int], blocks: int, channels: int, latent: int, groups: int | None, dtype: layers.DType
+) -> Options:
+    """What the blocks share. Raises InputError if the arguments of an autoencoder do not fit together."""
+    if not widths or min(*widths, blocks, channels, latent) < 1:
+        raise InputError(f"needs widths, blocks and channels of at least 1, got {tuple(widths)}, {blocks}, {channels}")
+    options = Options(groups or layers.default_groups(widths[0]), 1, 0.0, dtype)
+    if any(width % options.groups for width in widths):
+        raise InputError(f"widths={tuple(widths)} must be divisible by groups={options.groups}")
+    return options
+
+
+def part(params: Params, *names: str) -> Params:
+    """These of an autoencoder's parameters. ValueError if they are not there."""
     missing = [name for name in names if name not in params]
     if missing:
         raise ValueError(f"the autoencoder's parameters lack {', '.join(missing)}")
     return {name: params[name] for name in names}
 
 
-def _no_time(x: Array) -> Array:
+def no_time(x: Array) -> Array:
+    """A t for networks that use none: f32[b]."""
     return jnp.zeros(x.shape[:1], jnp.float32)
 
 
-def _check(name: str, x: Array, channels: int, factor: int) -> None:
+def check_image(name: str, x: Array, channels: int, factor: int) -> None:
+    """Raise ValueError unless x is `[b h w channels]` with sizes that `factor` divides."""
     if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % factor or x.shape[2] % factor:
         raise ValueError(f"{name} must be [b h w {channels}] with h and w divisible by {factor}, got {list(x.shape)}")
 
@@ -221,29 +233,32 @@ class Decoder(nnx.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
-class _Encoding(nnx.Module):
-    """The half of the autoencoder that encodes, in the form `functional` takes; time and condition are ignored."""
+class Encoding(nnx.Module):
+    """The half of an autoencoder that encodes, in the form `functional` takes; time and condition are ignored.
+
+    The encoder makes `features` of x, and a 1x1 convolution n_out of them.
+    """
 
     def __init__(
-        self, rngs: nnx.Rngs, n: int, widths: tuple[int, ...], blocks: int, latent: int, o: Options,
+        self, rngs: nnx.Rngs, n_in: int, features: int, n_out: int, widths: tuple[int, ...], blocks: int, o: Options,
         remat: layers.Remat,
     ):  # fmt: skip
-        self.encoder = Encoder(rngs, n, 2 * latent, widths, blocks, o, remat)
-        self.quant_conv = Conv(rngs, 2 * latent, 2 * latent, o, width=1)
+        self.encoder = Encoder(rngs, n_in, features, widths, blocks, o, remat)
+        self.quant_conv = Conv(rngs, features, n_out, o, width=1)
 
     def __call__(self, x: Array, t: Array, cond: Cond = None, *, key: Key | None = None) -> Array:
         return self.quant_conv(self.encoder(x)).astype(jnp.float32)
 
 
-class _Decoding(nnx.Module):
+class Decoding(nnx.Module):
     """The half that decodes."""
 
     def __init__(
-        self, rngs: nnx.Rngs, n: int, widths: tuple[int, ...], blocks: int, latent: int, o: Options,
+        self, rngs: nnx.Rngs, n_in: int, features: int, n_out: int, widths: tuple[int, ...], blocks: int, o: Options,
         remat: layers.Remat,
     ):  # fmt: skip
-        self.post_quant_conv = Conv(rngs, latent, latent, o, width=1)
-        self.decoder = Decoder(rngs, latent, n, widths, blocks, o, remat)
+        self.post_quant_conv = Conv(rngs, n_in, features, o, width=1)
+        self.decoder = Decoder(rngs, features, n_out, widths, blocks, o, remat)
 
     def __call__(self, z: Array, t: Array, cond: Cond = None, *, key: Key | None = None) -> Array:
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)

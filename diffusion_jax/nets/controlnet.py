@@ -13,9 +13,8 @@ and the U-Net adds r_0 .. r_{n-1} to what its own way down leaves and r_n to wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,29 +28,14 @@ from diffusion_jax.nets.functional import functional
 from diffusion_jax.nets.layers import Conv, Options
 from diffusion_jax.nets.text_unet import Contracting, Plan, plan, skip_widths
 from diffusion_jax.ops import bcast
-from diffusion_jax.typing import Array, Cond, InputError, Key, Params
-
-
-class ControlApply(Protocol):
-    """(params, x: f32[b h w n_in], t: f32[b], cond, *, scale=1) -> the residuals, f32[b h' w' width] each."""
-
-    def __call__(
-        self, params: Params, x: Array, t: Array, cond: Cond, *, scale: ArrayLike = 1.0
-    ) -> tuple[Array, ...]: ...
-
-
-class ControlNet(NamedTuple):
-    """A ControlNet as two pure functions; `init(key)` returns its parameters."""
-
-    init: Callable[[Key], Params]
-    apply: ControlApply
+from diffusion_jax.typing import Array, Cond, InputError, Key, Net, Params
 
 
 def controlnet(
     *,
     n_in: int = 4,
     picture: int = 3,
-    picture_widths: Sequence[int] = (16, 32, 96, 256),
+    hints: Sequence[int] = (16, 32, 96, 256),
     widths: Sequence[int] = (320, 640, 1280, 1280),
     blocks: int = 2,
     attends: Sequence[bool] = (True, True, True, False),
@@ -65,42 +49,45 @@ def controlnet(
     sizes: int | None = None,
     remat: layers.Remat = "none",
     dtype: layers.DType = jnp.float32,
-) -> ControlNet:
-    """The ControlNet of a `text_unet` with the same arguments: its residuals (2), L (blocks + 1) + 1 for L levels.
+) -> Net:
+    """The ControlNet of a `text_unet` with the same arguments: apply(params, x, t, cond) -> (r_0, ..., r_n) at scale 1.
 
     cond: that of the U-Net, with the picture c as its "image": f32[b, f h, f w, picture], usually in [0, 1], where
-    f = 2^(len(picture_widths) - 1); it is always there. scale: f32[] or f32[b], how much to control; 0 not at all.
-    Give the result to the U-Net as cond's "residuals". picture_widths: of g, half the size from each to the next.
-    InputError for arguments, ValueError for inputs that do not fit. Source: Zhang et al. 2023, section 3.
+    f = 2^(len(hints) - 1); it is always there. Give the residuals (2), f32[b, h', w', width] each, to the U-Net as
+    cond's "residuals", perhaps `scaled`. hints: widths of g, half the size from each to the next. InputError for
+    arguments, ValueError for inputs that do not fit. Source: Zhang et al. 2023, section 3.
     """
     p, options = plan(
         n_in=n_in, widths=widths, blocks=blocks, attends=attends, depths=depths, middle=middle, heads=heads,
         groups=groups, only_cross=False, linear_projection=linear_projection, remat=remat, dtype=dtype,
         kinds=Kinds(vector=vector, tokens=tokens, sizes=sizes),
     )  # fmt: skip
-    if not picture_widths or min(*picture_widths, picture) < 1:
-        raise InputError(f"picture_widths={tuple(picture_widths)}, picture={picture}: at least one channel each")
-    net = functional(lambda rngs: Control(rngs, picture, tuple(picture_widths), p, options))
-
-    def apply(params: Params, x: Array, t: Array, cond: Cond, *, scale: ArrayLike = 1.0) -> tuple[Array, ...]:
-        residuals: Any = net.apply(params, x, t, cond)
-        w = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), x.shape[:1])
-        return tuple(r * bcast(w, r) for r in residuals)
-
-    return ControlNet(net.init, apply)
+    if not hints or min(*hints, picture) < 1:
+        raise InputError(f"hints={tuple(hints)}, picture={picture}: at least one channel each")
+    return functional(lambda rngs: Control(rngs, picture, tuple(hints), p, options))
 
 
-def sd15_controlnet(*, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32) -> ControlNet:
+def scaled(residuals: Sequence[Array], scale: ArrayLike) -> tuple[Array, ...]:
+    """Equation (2): the residuals of scale 1 at another, f32[] or f32[b]; 0 is no control.
+
+    >>> [r.tolist() for r in scaled([jnp.ones((2, 1))], jnp.asarray([0.5, 2.0]))]
+    [[[0.5], [2.0]]]
+    """
+    w = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), residuals[0].shape[:1])
+    return tuple(r * bcast(w, r) for r in residuals)
+
+
+def sd15_controlnet(*, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32) -> Net:
     """The ControlNet of `sd15`: 361,279,120 parameters."""
     return controlnet(remat=remat, dtype=dtype)
 
 
-def sd2_controlnet(*, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32) -> ControlNet:
+def sd2_controlnet(*, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32) -> Net:
     """The ControlNet of `sd2`: 364,228,240 parameters."""
     return controlnet(heads=(5, 10, 20, 20), tokens=1024, linear_projection=True, remat=remat, dtype=dtype)
 
 
-def sdxl_controlnet(*, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32) -> ControlNet:
+def sdxl_controlnet(*, remat: layers.Remat = "none", dtype: layers.DType = jnp.float32) -> Net:
     """The ControlNet of `sdxl`: 1,251,014,160 parameters."""
     return controlnet(
         widths=(320, 640, 1280), attends=(False, True, True), depths=(1, 2, 10), heads=(5, 10, 20), tokens=2048,
@@ -139,15 +126,15 @@ class PictureEmbedding(nnx.Module):
 class Control(Contracting):
     """The whole network without the scale; see `controlnet`."""
 
-    def __init__(self, rngs: nnx.Rngs, picture: int, picture_widths: tuple[int, ...], p: Plan, o: Options):
+    def __init__(self, rngs: nnx.Rngs, picture: int, hints: tuple[int, ...], p: Plan, o: Options):
         super().__init__(rngs, p, o)
         n, last = p.widths[0], p.widths[-1]
-        self.controlnet_cond_embedding = PictureEmbedding(rngs, picture, picture_widths, n, o)
+        self.controlnet_cond_embedding = PictureEmbedding(rngs, picture, hints, n, o)
         self.controlnet_down_blocks = nnx.List(
             [Conv(rngs, width, width, o, width=1, init=layers.zeros) for width in skip_widths(p)]
         )
         self.controlnet_mid_block = Conv(rngs, last, last, o, width=1, init=layers.zeros)
-        self.factor, self.channels = 2 ** (len(picture_widths) - 1), picture
+        self.factor, self.channels = 2 ** (len(hints) - 1), picture
 
     def __call__(self, x: Array, t: Array, cond: Cond = None, *, key: Key | None = None) -> tuple[Array, ...]:
         self.check(x, t)
