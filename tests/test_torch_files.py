@@ -46,6 +46,10 @@ class Call:
         self.function, self.arguments, self.state = function, arguments, state
 
 
+class New(Call):
+    """Pickled as an object of a class."""
+
+
 class Stored:
     """Pickled as a persistent id."""
 
@@ -66,12 +70,12 @@ class Writer(pickle._Pickler):
     def save_call(self, obj):
         self.save(obj.function)
         self.save(obj.arguments)
-        self.write(pickle.REDUCE)
+        self.write(pickle.NEWOBJ if isinstance(obj, New) else pickle.REDUCE)
         if obj.state is not None:
             self.save(obj.state)
             self.write(pickle.BUILD)
 
-    dispatch = pickle._Pickler.dispatch | {Symbol: save_symbol, Call: save_call}
+    dispatch = pickle._Pickler.dispatch | {Symbol: save_symbol, Call: save_call, New: save_call}
 
 
 def pickled(content, protocol: int = 2) -> bytes:
@@ -196,7 +200,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, protocol):
     assert mark.exists()  # the attack is a real one
 
 
-@pytest.mark.parametrize("op", [b"(ios\nsystem\n", b"\x81", b"\x92", b"\x82\x01", b"(cos\nsystem\no"])
+@pytest.mark.parametrize("op", [b"(ios\nsystem\n", b"}\x81", b"\x92", b"\x82\x01", b"(cos\nsystem\no"])
 def test_other_ways_to_make_objects_are_refused(tmp_path, op):
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as members:

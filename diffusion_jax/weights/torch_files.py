@@ -5,7 +5,7 @@ knows no functions: a name in the pickle stays a name, and a call is looked up i
 
     torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, ...)     elements offset + sum_k i_k strides_k  (1)
     torch._utils._rebuild_parameter(tensor, ...)                              the tensor
-    collections.OrderedDict()                                                 a dict
+    collections.OrderedDict(), torch.nn.ParameterDict                         a dict
 
 and anything else is an error that names it. Storages are named by persistent ids, ("storage", type, key, device, n),
 and lie
@@ -230,13 +230,24 @@ def _ordered_dict(*items: Any) -> dict[Any, Any]:
     return dict(*items)
 
 
+def _set(items: Any = None) -> set[Any]:
+    """What modules keep the names of some buffers in."""
+    if type(items) is not list:
+        raise InputError("a set that is not made of a list")
+    return set(items)
+
+
 CALLS: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     Name("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     Name("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     Name("collections", "OrderedDict"): _ordered_dict,
+    Name("__builtin__", "set"): _set,
+    Name("builtins", "set"): _set,
 }
-NAMED = {Name(module, kind) for module in ("torch", "torch.storage") for kind in TYPES}
+PARAMETERS = Name("torch.nn.modules.container", "ParameterDict")
+"""A module whose attribute `_parameters` is the dict: old embeddings are kept in one."""
+NAMED = {PARAMETERS} | {Name(module, kind) for module in ("torch", "torch.storage") for kind in TYPES}
 MARK = object()
 
 
@@ -308,11 +319,21 @@ class Machine:
             raise InputError(f"it calls {str(function)[:80]}, which is not read")
         self.stack.append(CALLS[function](*arguments))
 
+    def new(self) -> None:
+        """An object of a class: of `PARAMETERS` alone, as a dict that gets its items in `build`."""
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if kind != PARAMETERS or arguments != ():
+            raise InputError(f"it makes a {str(kind)[:80]}, which is not read")
+        self.stack.append({})
+
     def build(self) -> None:
-        """Attributes of an OrderedDict, where torch keeps versions of modules: left out."""
-        self.stack.pop()
+        """Attributes of a dict. An OrderedDict has the versions of torch's modules there, which are left out."""
+        attributes = self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise InputError("it sets attributes of what is no dict, which is not read")
+        items = attributes.get("_parameters") if type(attributes) is dict else None
+        if type(items) is dict:
+            self.stack[-1].update(items)
 
     def persistent(self) -> None:
         storage = _storage(self.stack.pop())
@@ -337,5 +358,6 @@ ACTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "SETITEMS": lambda m, _: m.set_items(m._since_mark()),
     "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name(m.stack.pop(-2), m.stack.pop()),
-    "REDUCE": lambda m, _: m.call(), "BUILD": lambda m, _: m.build(), "BINPERSID": lambda m, _: m.persistent(),
+    "REDUCE": lambda m, _: m.call(), "NEWOBJ": lambda m, _: m.new(), "BUILD": lambda m, _: m.build(),
+    "BINPERSID": lambda m, _: m.persistent(),
 }  # fmt: skip
