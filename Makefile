@@ -25,11 +25,11 @@ READY = $(VENV)/ready
 TPU_COMPILER = $(VENV)-tpu/ready
 endif
 
-.PHONY: help env train sample latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean
+.PHONY: help env train sample generate latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
-	@echo "targets: train sample latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean"
+	@echo "targets: train sample generate latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean"
 
 env: $(READY)
 
@@ -45,6 +45,10 @@ $(VENV)/ready: $(LOCK) pyproject.toml
 
 train sample latents eval reference sweep average extrapolate: $(READY)
 	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
+
+# Pictures from a text by a model in files: make generate ARGS='prompt="a lighthouse at dusk" model=PATH n=4'
+generate: $(READY)
+	@$(PY) -m diffusion_jax generate $(ARGS)
 
 # What training and sampling would take, on devices that need not be there: make plan EXP=... TOPOLOGY=v5e:16x16
 plan: $(READY) $(if $(filter v%,$(TOPOLOGY)),$(TPU_COMPILER))

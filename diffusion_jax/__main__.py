@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from diffusion_jax._version import __version__
 from diffusion_jax.arguments import Amount, Count, Natural, closest, describe, resolve, split_arguments
+from diffusion_jax.generating.options import generate_options
 from diffusion_jax.measuring.command import (
     SamplerName,
     average_options,
@@ -275,6 +276,16 @@ def extrapolate(name: str, words: list[str]) -> None:
         print(line, flush=True)
 
 
+def generate(name: str, words: list[str]) -> None:
+    """Draw pictures with a model in files."""
+    options = resolve(generate_options, split_arguments(words), "generate")
+    _set_up_jax()
+
+    from diffusion_jax.generating.command import generate as draw
+
+    print(draw(options))
+
+
 def _to_measure(
     name: str, words: list[str], known: Callable[..., dict], what: str, *, run_needed: bool = True
 ) -> tuple[Any, Path, dict[str, Any]]:
@@ -354,7 +365,9 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], Callable[..., dict]]
     "sweep": (sweep, sweep_options),
     "average": (average, average_options),
     "extrapolate": (extrapolate, extrapolate_options),
+    "generate": (generate, generate_options),
 }
+WITHOUT_EXPERIMENT = ("generate",)
 
 
 def main(words: list[str]) -> int:
@@ -375,9 +388,12 @@ def _main(words: list[str]) -> int:
             hint = closest(words[0], COMMANDS) if words else ""
             raise InputError(f"usage: python -m diffusion_jax {{{','.join(COMMANDS)}}} EXPERIMENT name=value …{hint}")
         command, options = COMMANDS[words[0]]
+        if words[0] in WITHOUT_EXPERIMENT:
+            words = [words[0], "", *words[1:]] if words[1:2] not in (["help"], ["-h"], ["--help"]) else words
         rest = words[2:]
         if len(words) < 2 or words[1] in ("-h", "--help", "help"):
-            print(describe(options, f"python -m diffusion_jax {words[0]} EXPERIMENT"))
+            what = "" if words[0] in WITHOUT_EXPERIMENT else " EXPERIMENT"
+            print(describe(options, f"python -m diffusion_jax {words[0]}{what}"))
         elif any(word in ("-h", "--help", "help") for word in rest):
             _help(words[0], words[1])
         else:

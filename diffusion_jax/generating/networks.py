@@ -28,7 +28,9 @@ DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 def text_encoder(config: Config, dtype: layers.DType, *, before_last: bool, projected: bool) -> TextEncoder:
     """A text tower; before_last: its states are those before the last layer, not normalized, as SDXL takes them."""
+    own = config.get("eos_token_id", 2)  # 2 is what old files say and do not mean: the last word of the vocabulary
     return clip_text(
+        eos=config["vocab_size"] - 1 if own == 2 else own,
         width=config["hidden_size"], depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
         mlp=config["intermediate_size"], vocab=config["vocab_size"], length=config["max_position_embeddings"],
         act=config["hidden_act"], n_out=config["projection_dim"] if projected else None,
