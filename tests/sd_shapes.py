@@ -87,7 +87,7 @@ def unet(
     return {**shapes, **norm("conv_norm_out", n), **conv("conv_out", n, n_out)}
 
 
-def controlnet(hints=(4, 8), **arguments) -> Shapes:
+def controlnet(hints=(4, 4, 8, 8), **arguments) -> Shapes:
     """A ControlNetModel of a U-Net with the same arguments."""
     shapes = unet(**arguments, decode=False)
     widths, blocks = arguments.get("widths", (8, 16)), arguments.get("blocks", 1)

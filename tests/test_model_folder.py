@@ -77,6 +77,14 @@ def test_a_component_alone(tmp_path, folder):
     assert load(folder, components=("vae",)).hub.keys() == {"vae"}
 
 
+def test_towers_without_the_name_of_their_model(copied):
+    path = copied / "text_encoder" / "model.safetensors"
+    state = files.load(path)
+    files.save(path, {name.removeprefix("text_model."): value for name, value in state.items()})
+    same_bits(load(copied).hub["text_encoder"], state)
+    same_bits(load(copied / "text_encoder").hub["text_encoder"], state)
+
+
 def test_a_single_file_becomes_a_folder_and_back(tmp_path):
     hub = sd_shapes.model("sdxl")
     state = single_file.write(single_file.of("sdxl", hub))

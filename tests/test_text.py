@@ -101,7 +101,8 @@ def test_every_form_of_the_vocabulary_reads_the_same(clip, tmp_path):
 def test_pads_are_the_folders(tmp_path, special, config, pad):
     folder = write_folder(tmp_path, special=special, config=config)
     assert tokenizer.load(folder).pad == pad
-    assert tokenizer.load(folder, pad="!").pad == 0
+    other = tokenizer.load(folder, pad="!")
+    assert other.pad == 0 and other.encode("cat!!") == [513, 0, 0]  # as transformers has it
 
 
 def test_added_tokens_of_a_folder(tmp_path):

@@ -7,8 +7,9 @@ left are the tokens, and
 
     ids = bos, tokens, eos, pad, pad, ...                                                       int32[length]    (1)
 
-Stable Diffusion 1 and the first tower of XL pad with eos, 2 and the second tower of XL with "!", whose id is 0. The
-vocabulary is read from what users have,
+Stable Diffusion 1 and the first tower of XL pad with eos, 2 and the second tower of XL with "!", whose id is 0. As in
+transformers, and unlike in OpenCLIP's code, these tokens are found anywhere in a text: where "!" pads, a "!" in a
+prompt is a 0. The vocabulary is read from what users have,
 
     a folder with vocab.json and merges.txt, or tokenizer.json   tokenizer/ and tokenizer_2/ of diffusers' models    (2)
     bpe_simple_vocab_16e6.txt.gz                                 OpenAI's, with the ids given by its order           (3)
@@ -172,6 +173,7 @@ def _tokenizer(path: Path, bpe: Any, settings: Mapping[str, Any], pad: str | Non
     numbers = [bpe.token_to_id(name) for name in names]
     if None in numbers:
         raise InputError(f"the tokenizer in {path} has no token {names[numbers.index(None)]!r}")
+    bpe.add_special_tokens(names)
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
 
     def decode(ids: Sequence[int]) -> str:
@@ -223,7 +225,6 @@ def _model(vocab: dict[str, int], merges: list[tuple[str, str]], added: Mapping[
     )
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.add_special_tokens([BOS, EOS])
     bpe.add_tokens(sorted(set(added or ()) - set(vocab), key=lambda token: (added or {})[token]))
     return bpe
 

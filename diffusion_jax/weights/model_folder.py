@@ -41,6 +41,7 @@ CLASSES = {
 }  # fmt: skip
 """The components that are read, and what they are in diffusers and transformers."""
 TOWERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+BARE = ("embeddings.", "encoder.", "final_layer_norm.")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "controlnet": "diffusion_pytorch_model",
@@ -82,7 +83,7 @@ def load(
         return _one(folder, variant, dtype)
     index = read_json(folder / INDEX)
     wanted = [name for name in _components(folder, index) if components is None or name in components]
-    hub = {name: _weights(folder / name, variant, dtype) for name in wanted}
+    hub = {name: _weights(folder / name, variant, dtype, CLASSES[name] in TOWERS) for name in wanted}
     configs = {name: _config(folder / name / "config.json", CLASSES[name]) for name in wanted}
     for name in SCHEDULERS:
         if _given(index, name):
@@ -227,7 +228,7 @@ def _one(folder: Path, variant: str | None, dtype: Any) -> Folder:
     name = next((name for name, known in CLASSES.items() if known == kind), None)
     if name is None:
         raise InputError(f"{folder} holds a {kind}; {', '.join(sorted(CLASSES.values()))} are read")
-    return Folder({}, {name: config}, {name: _weights(folder, variant, dtype)}, {})
+    return Folder({}, {name: config}, {name: _weights(folder, variant, dtype, kind in TOWERS)}, {})
 
 
 def _components(folder: Path, index: Config) -> list[str]:
@@ -270,7 +271,7 @@ def _word(value: Any) -> str:
     return " ".join(str(value).split())[:80]
 
 
-def _weights(folder: Path, variant: str | None, dtype: Any) -> State:
+def _weights(folder: Path, variant: str | None, dtype: Any, tower: bool = False) -> State:
     if not folder.is_dir():
         raise InputError(f"{folder} is missing")
     names = choose([path.name for path in folder.iterdir()], variant)
@@ -280,6 +281,8 @@ def _weights(folder: Path, variant: str | None, dtype: Any) -> State:
     if len(names) > 1 and not files.AN_INDEX.search(path.name):
         raise InputError(f"{folder} holds parts of weights, {path.name} and others, and no index of safetensors")
     state = torch_files.load(path) if path.suffix == ".bin" else files.load(path)
+    # A tower that transformers 5 has written alone names its weights without the model they are of.
+    state = {f"text_model.{n}" if n.startswith(BARE) else n: v for n, v in state.items()} if tower else state
     return state if dtype is None else cast(state, dtype)
 
 
