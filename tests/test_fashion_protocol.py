@@ -114,7 +114,6 @@ def test_a_wheel_holds_the_weights(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the classifier is right on 92.2 %: docs/evaluation-fashion-mnist.md")
 def test_the_classifier_knows_real_test_pictures():
     from diffusion_jax.training import sources
 
