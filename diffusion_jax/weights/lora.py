@@ -328,7 +328,8 @@ def _header(lora: Lora) -> str:
     """PEFT's settings for ranks and alphas, which diffusers reads them from."""
     found: dict[str, Any] = {}
     for component, updates in lora.items():
-        modules = {name.removesuffix(".weight"): update for name, update in updates.items()}
+        # Without the model's own name, which transformers 5 has no longer: PEFT looks for the ends of names.
+        modules = {n.removesuffix(".weight").removeprefix("text_model."): update for n, update in updates.items()}
         ranks = {module: update.down.shape[0] for module, update in modules.items()}
         alphas = {m: ranks[m] if u.alpha is None else u.alpha for m, u in modules.items()}
         rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
