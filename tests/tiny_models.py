@@ -62,7 +62,12 @@ def write_model(folder: Path, kind: str = "sd15", seed: int = 0, dtype=np.float3
     if kind == "sd2":
         configs["scheduler"] = {**SCHEDULER, "prediction_type": "v_prediction"}
     if kind == "upscaling":
-        configs["low_res_scheduler"] = {**SCHEDULER, "_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02}
+        configs["low_res_scheduler"] = {
+            **SCHEDULER,
+            "_class_name": "DDPMScheduler",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+        }
     hub = {name: weights(name, config, seed + i) for i, (name, config) in enumerate(configs.items()) if name in WRITERS}
     hub = {name: {n: a.astype(dtype) for n, a in state.items()} for name, state in hub.items()}
     names = [name.replace("text_encoder", "tokenizer") for name in configs if name.startswith("text_encoder")]
@@ -89,7 +94,9 @@ def weights(name: str, config: dict, seed: int) -> dict[str, np.ndarray]:
     """Random weights of a component, none of them zero or one, by their names in diffusers."""
     like = jax.eval_shape(network(name, config).init, jax.random.key(0))
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape) / leaf.shape[0] ** 0.5).astype("f4"), like)
+    params = jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape) / leaf.shape[0] ** 0.5).astype("f4"), like
+    )
     return WRITERS[name](params)
 
 

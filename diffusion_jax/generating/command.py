@@ -98,7 +98,7 @@ def prepare(options: Options, loaded: Mapping[str, Loaded]) -> Job:
 
 
 def pictures_to_start_from(options: Options, main: Loaded) -> dict[str, np.ndarray]:
-    """"init" and "control", f32[h, w, 3], and "mask", f32[h, w, 1], of one size, as far as the options give them."""
+    """ "init" and "control", f32[h, w, 3], and "mask", f32[h, w, 1], of one size, as far as the options give them."""
     found: dict[str, np.ndarray] = {}
     wanted = files.parse_size(options["size"], main.model.factor) if options["size"] else None
     if options["init"]:

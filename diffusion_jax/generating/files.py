@@ -100,7 +100,9 @@ def parse_expand(text: str, step: int = 8) -> tuple[int, int, int, int]:
 def save_with_settings(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Write u8[h, w, 3] as PNG with its settings as text: "parameters" for people, "diffusion_jax" as JSON."""
     info = PngInfo()
-    shown = {key: value for key, value in settings.items() if key not in ("prompt", "negative") and value not in ("", None)}
+    shown = {
+        key: value for key, value in settings.items() if key not in ("prompt", "negative") and value not in ("", None)
+    }
     line = ", ".join(f"{key}: {value}" for key, value in shown.items())
     negative = f"Negative prompt: {settings['negative']}\n" if settings.get("negative") else ""
     info.add_itxt("parameters", f"{settings.get('prompt', '')}\n{negative}{line}")

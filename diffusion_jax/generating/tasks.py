@@ -70,7 +70,9 @@ def _check_kinds(options: Mapping[str, Any], loaded: Mapping[str, Loaded], marke
     if kind in ("editing", "upscaling") and marked:
         raise InputError(f"mask= and expand= are not for a model for {kind}")
     if "refiner" in loaded and (options["init"] or kind != "plain" or options["control"]):
-        raise InputError("refiner= goes on from what was drawn from a text alone: give no init= and no control= with it")
+        raise InputError(
+            "refiner= goes on from what was drawn from a text alone: give no init= and no control= with it"
+        )
     if "upscaler" in loaded and loaded["upscaler"].kind != "upscaling":
         raise InputError(f"upscale={options['upscale']}: this model is not one for upscaling")
 

@@ -151,7 +151,7 @@ def inpaint(
 def upscale(
     model: Model, params: Params, key: Key, request: Request, sampler: Sampler, image: Array, level: Array
 ) -> Array:
-    """Equation (6): image f32[b, h, w, 3], noised to `level`: i32[] of its schedule's table, at `factor` times its size.
+    """Equation (6): image f32[b, h, w, 3], noised to `level`, i32[] of its schedule's table, `factor` times as large.
 
     Latents are as large as the image.
     """

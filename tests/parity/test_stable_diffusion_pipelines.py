@@ -5,7 +5,6 @@ The models are written by diffusers and transformers, tiny and of random weights
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny_models import CONTROLNET, SCHEDULER, TEXT, TEXT_2, UNET, UNETS, VAE, write_tokenizer  # noqa: E402
 
-from diffusion_jax import ddim  # noqa: E402
+from diffusion_jax import ddim, normal_like  # noqa: E402
 from diffusion_jax.generating.loading import load_model, read_files, with_parts  # noqa: E402
 from diffusion_jax.generating.prompts import read_prompts, with_sizes  # noqa: E402
 from diffusion_jax.systems import stable_diffusion as sd  # noqa: E402
@@ -94,29 +93,57 @@ def here(x):
     return np.moveaxis(np.asarray(x), 1, -1)
 
 
-def check(folder, theirs, use, tolerance=1e-4, **parts):
-    """Latents at the end of both, then pictures. use(loaded, request, params) -> latents."""
-    loaded = ours(folder, **parts)
-    times = sd.fill(loaded.grid(STEPS, "ddim"))
-    z = np.asarray(jax.jit(lambda params, asked: use(loaded, params, asked))(loaded.params, request(loaded, NOISE, times)))
-    reference = here(theirs)
-    scale = np.abs(reference).max()
-    assert 0.1 < scale < 1e3
-    np.testing.assert_allclose(z, reference, atol=tolerance * max(1, scale), rtol=0)
-    return loaded, z
-
-
 def call(pipeline, **more):
     """Latents of a pipeline of theirs."""
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"prompt": [PROMPT] * 2, "negative_prompt": [NEGATIVE] * 2, "guidance_scale": GUIDANCE,
                  "num_inference_steps": STEPS, "output_type": "latent", "latents": torch_like(NOISE)}  # fmt: skip
+    arguments = {name: value for name, value in (arguments | more).items() if value is not ...}
     with torch.no_grad():
-        return pipeline(**(arguments | more)).images
+        return pipeline(**arguments).images
 
 
-def text(loaded, params, asked):
-    return sd.latents(loaded.model, params, jax.random.key(0), asked, asked.noise, ddim(loaded.model.schedule))
+KEY = jax.random.key(7)
+
+
+def run(loaded, use, times, *more, **static):
+    """Latents of one of our uses, jitted whole."""
+
+    def whole(params, asked, more):
+        return use(loaded.model, params, KEY, asked, ddim(loaded.model.schedule), *more, **static)
+
+    return np.asarray(jax.jit(whole)(loaded.params, request(loaded, NOISE, times), tuple(map(as_arrays, more))))
+
+
+def as_arrays(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def close(z, theirs):
+    reference = here(theirs)
+    scale = np.abs(reference).max()
+    assert 0.1 < scale < 1e3
+    np.testing.assert_allclose(z, reference, atol=1e-4 * max(1, scale), rtol=0)
+
+
+@pytest.fixture
+def latents_alone(monkeypatch):
+    """Ours stop before the decoder; theirs take the mean of the autoencoder's Gaussian, as ours do, and our noise."""
+    posterior = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(posterior, "sample", lambda self, generator=None: self.mode())
+
+    def same_noise(module, noise=NOISE):
+        monkeypatch.setattr(sd, "decode", lambda model, params, z: z)
+        if module is None:
+            return
+
+        def drawn(shape, **_):
+            assert tuple(shape) == torch_like(noise).shape
+            return torch_like(noise)
+
+        monkeypatch.setattr(module, "randn_tensor", drawn)
+
+    return same_noise
 
 
 @pytest.mark.parametrize(
@@ -127,12 +154,96 @@ def text(loaded, params, asked):
         ("sdxl", diffusers.StableDiffusionXLPipeline),
     ],
 )
-def test_text_to_image(kind, cls, tmp_path):
+def test_text_to_image(kind, cls, tmp_path, latents_alone):
     pipeline = cls(**made(kind, tmp_path))
     pipeline.save_pretrained(tmp_path / "model")
     size = {"height": SIZE[0], "width": SIZE[1]}
-    loaded, z = check(tmp_path / "model", call(pipeline, **size), text)
-    pictures = np.asarray(sd.decode(loaded.model, loaded.params, jnp.asarray(z)))
-    with torch.no_grad():
-        reference = here(pipeline.vae.decode(torch_like(z) / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1))
-    assert np.abs(pictures - reference).max() / 2 < 1 / 255
+    loaded = ours(tmp_path / "model")
+    times = sd.fill(loaded.grid(STEPS, "ddim"))
+    pictures = run(loaded, sd.text_to_image, times)
+    reference = here(call(pipeline, **size, output_type="pt"))
+    assert np.abs(pictures / 2 + 0.5 - reference).max() < 1 / 255
+    latents_alone(None)
+    close(run(loaded, sd.text_to_image, times), call(pipeline, **size))
+
+
+def in_unit_interval(x):
+    return torch_like(x) / 2 + 0.5
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_image_to_image(strength, tmp_path, latents_alone):
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as module
+
+    latents_alone(module)
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline(**made("sd15", tmp_path))
+    pipeline.save_pretrained(tmp_path / "model")
+    theirs = call(pipeline, image=in_unit_interval(IMAGE), strength=strength, latents=...)
+    loaded = ours(tmp_path / "model")
+    times = sd.fill(sd.from_strength(loaded.grid(STEPS, "ddim"), strength))
+    z = run(loaded, sd.image_to_image, times, IMAGE)
+    close(z, theirs)
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("kind", ["sd15", "inpainting"])
+def test_inpainting(kind, strength, tmp_path, latents_alone):
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as module
+
+    latents_alone(module)
+    pipeline = diffusers.StableDiffusionInpaintPipeline(**made(kind, tmp_path))
+    pipeline.save_pretrained(tmp_path / "model")
+    theirs = call(
+        pipeline, image=in_unit_interval(IMAGE), mask_image=torch_like(MASK), strength=strength, latents=...,
+        height=SIZE[0], width=SIZE[1],
+    )  # fmt: skip
+    loaded = ours(tmp_path / "model")
+    assert loaded.kind == ("plain" if kind == "sd15" else kind)
+    times = sd.fill(sd.from_strength(loaded.grid(STEPS, "ddim"), strength))
+    whole, own = jnp.asarray(strength == 1.0), kind == "inpainting"
+    close(run(loaded, sd.inpaint, times, IMAGE, MASK, whole=whole, own=own), theirs)
+
+
+def test_editing(tmp_path, latents_alone):
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_instruct_pix2pix as module
+
+    latents_alone(module)
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(**made("editing", tmp_path))
+    pipeline.save_pretrained(tmp_path / "model")
+    theirs = call(pipeline, image=in_unit_interval(IMAGE), image_guidance_scale=1.7)
+    loaded = ours(tmp_path / "model")
+    assert loaded.kind == "editing"
+    close(run(loaded, sd.edit, sd.fill(loaded.grid(STEPS, "ddim")), IMAGE, jnp.float32(1.7)), theirs)
+
+
+def test_upscaling(tmp_path, latents_alone):
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upscale as module
+
+    small = np.asarray(jax.random.uniform(jax.random.key(3), (2, 8, 12, 3), minval=-1, maxval=1))
+    added = np.asarray(normal_like(jax.random.fold_in(KEY, 1), jnp.asarray(small)))
+    latents_alone(module, added)
+    parts = {
+        k: v
+        for k, v in made("upscaling", tmp_path).items()
+        if k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    }
+    noises = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
+    pipeline = diffusers.StableDiffusionUpscalePipeline(**parts, low_res_scheduler=noises)
+    pipeline.save_pretrained(tmp_path / "model")
+    theirs = call(pipeline, image=in_unit_interval(small), noise_level=30)
+    loaded = ours(tmp_path / "model")
+    assert loaded.kind == "upscaling"
+    close(run(loaded, sd.upscale, sd.fill(loaded.grid(STEPS, "ddim")), small, jnp.int32(30)), theirs)
+
+
+def test_control(tmp_path, latents_alone):
+    plain = {k: v for k, v in CONTROLNET.items() if k != "_class_name"}
+    network = randomize(diffusers.ControlNetModel(**plain), 4)
+    network.save_pretrained(tmp_path / "controlnet")
+    latents_alone(None)
+    pipeline = diffusers.StableDiffusionControlNetPipeline(**made("sd15", tmp_path), controlnet=network)
+    pipeline.save_pretrained(tmp_path / "model")
+    theirs = call(pipeline, image=in_unit_interval(IMAGE), controlnet_conditioning_scale=0.8)
+    loaded = ours(tmp_path / "model", controlnet=str(tmp_path / "controlnet"))
+    control = sd.Control(jnp.asarray(IMAGE / 2 + 0.5), jnp.float32(0.8))
+    close(run(loaded, sd.text_to_image, sd.fill(loaded.grid(STEPS, "ddim")), control), theirs)
