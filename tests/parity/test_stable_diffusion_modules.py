@@ -32,6 +32,7 @@ from diffusion_jax.nets import (
     vq_autoencoder,
 )
 from diffusion_jax.nets.controlnet import scaled
+from diffusion_jax.nets.discriminator import patch_discriminator
 from diffusion_jax.weights import autoencoder as autoencoder_weights
 from diffusion_jax.weights import trees
 from diffusion_jax.weights.clip import text_from_transformers, text_to_transformers
@@ -295,6 +296,30 @@ def test_codebook():
     back = autoencoder_weights.to_diffusers(params)
     assert back.keys() == state.keys()
     assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+# Discriminator -------------------------------------------------------------------------------------------------------
+
+
+def test_discriminator():
+    """Against torch's own layers, put together from the paper."""
+    torch.manual_seed(0)
+    pad, act = torch.nn.ZeroPad2d((1, 2, 1, 2)), torch.nn.LeakyReLU(0.2)
+    layers = [
+        torch.nn.Conv2d(3, 8, 4, 2, 1), act,
+        torch.nn.Conv2d(8, 16, 4, 2, 1), torch.nn.GroupNorm(1, 16), act,
+        pad, torch.nn.Conv2d(16, 32, 4), torch.nn.GroupNorm(1, 32), act,
+        pad, torch.nn.Conv2d(32, 1, 4),
+    ]  # fmt: skip
+    model = shaken(torch.nn.Sequential(*layers))
+    net = patch_discriminator(3, width=8, depth=2)
+    names = {"0": "convs.0", "2": "convs.1", "3": "norms.0", "6": "convs.2", "7": "norms.1", "10": "out"}
+    state = {f"{names[name.split('.')[0]]}.{name.split('.')[1]}": value for name, value in state_of(model).items()}
+    params = trees.read(state, like(net), trees.same_names)
+    x = np.random.default_rng(0).normal(size=(2, 16, 24, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model(first(x))
+    close(jax.jit(net.apply)(params, x, np.zeros(2, np.float32)).logits[..., None], theirs)
 
 
 # Published sizes -----------------------------------------------------------------------------------------------------
