@@ -108,7 +108,8 @@ def network(name: str, config: dict):
         return networks.control_network(config, pooled, f32)
     if name == "vae":
         return networks.autoencoder(config, f32)
-    return networks.text_encoder(config, f32, before_last=False, projected=name == "text_encoder_2")
+    eos = len(TOKENS) - 1
+    return networks.text_encoder(config, f32, eos=eos, before_last=False, projected=name == "text_encoder_2")
 
 
 WRITERS = {

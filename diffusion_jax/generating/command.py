@@ -1,4 +1,4 @@
-"""`make generate`: from words on the command line to PNG files, a contact sheet, and a line that says where they are."""
+"""`make generate`: from words on the command line to PNG files, a contact sheet, and a line that says where it is."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def prepare(options: Options, loaded: Mapping[str, Loaded]) -> Job:
     latent = size if main.kind == "upscaling" else (size[0] // main.model.factor, size[1] // main.model.factor)
     noise = None
     if options["latents"]:
-        noise = files.read_latents(options["latents"], options["n"], (*latent, main.model.channels))
+        noise = files.read_latents(options["latents"], options["n"], (latent[0], latent[1], main.model.channels))
     return Job(use, Common(stages, arrays, numbers), latent, noise)
 
 
@@ -169,7 +169,7 @@ def reporting(inner: Sampler, bar: tqdm) -> Sampler:
     """`inner`, moving a bar with each step."""
 
     def step(key: Any, x: Array, *rest: Any) -> Any:
-        jax.debug.callback(lambda: bar.update())
+        jax.debug.callback(lambda: None if bar.update() else None)
         return inner.step(key, x, *rest)
 
     return Sampler(inner.init, step)

@@ -36,7 +36,7 @@ def parse_size(text: str, step: int = 8) -> Size:
 
 
 def read_picture(path: str, size: Size | None = None, step: int = 8) -> np.ndarray:
-    """A picture file as f32[h, w, 3] in [-1, 1], turned as its camera says; resized and cropped at its centre to `size`.
+    """A picture file as f32[h, w, 3] in [-1, 1], upright; resized and cropped at its centre to `size`.
 
     Without `size` it keeps its own, cut to multiples of `step`. InputError for a file that is missing or no picture.
     """

@@ -1,6 +1,6 @@
 """The networks, schedule and grid of a model from its configurations, which are in diffusers' words.
 
-A word that asks for what is not built is an InputError that names it; words without a say in the result are passed over.
+A word that asks for what is not built is an InputError that names it; words without a say in the result are skipped.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.nets import layers
@@ -26,12 +25,13 @@ PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample"
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 
-def text_encoder(config: Config, dtype: layers.DType, *, before_last: bool, projected: bool) -> TextEncoder:
-    """A text tower; before_last: its states are those before the last layer, not normalized, as SDXL takes them."""
-    own = config.get("eos_token_id", 2)  # 2 is what old files say and do not mean: the last word of the vocabulary
+def text_encoder(config: Config, dtype: layers.DType, *, eos: int, before_last: bool, projected: bool) -> TextEncoder:
+    """A text tower; before_last: its states are those before the last layer, not normalized, as SDXL takes them.
+
+    eos: the tokenizer's; what old configurations say of it is wrong.
+    """
     return clip_text(
-        eos=config["vocab_size"] - 1 if own == 2 else own,
-        width=config["hidden_size"], depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
+        eos=eos, width=config["hidden_size"], depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
         mlp=config["intermediate_size"], vocab=config["vocab_size"], length=config["max_position_embeddings"],
         act=config["hidden_act"], n_out=config["projection_dim"] if projected else None,
         layer=-2 if before_last else -1, normed=not before_last, dtype=dtype,

@@ -1,7 +1,7 @@
 """Which of the uses of `systems.stable_diffusion` the options ask for, as one function of arrays.
 
 A model says by the input of its U-Net what it is for: the latent alone, or beside it a mask and a masked picture, the
-picture to be edited, or the picture to be enlarged. One for enlarging or refining may follow another in the same program.
+picture to be edited, or the picture to be enlarged. One for enlarging or refining may follow in the same program.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _text(parts: Parts, keys: Key, common: Common, noise: Array) -> Array:
 
 def _refined(parts: Parts, keys: Key, common: Common, noise: Array) -> Array:
     models, params, chosen = zip(*(parts.of(name) for name in ("main", "refiner")), strict=True)
-    asked = tuple(request(common, name, noise) for name in ("main", "refiner"))
+    asked = request(common, "main", noise), request(common, "refiner", noise)
     return sd.text_to_image_refined(models, params, keys, asked, chosen)
 
 

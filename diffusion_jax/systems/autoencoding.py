@@ -17,7 +17,7 @@ With a codebook in place of the Gaussian, its loss stands for b KL.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +67,15 @@ def with_discriminator(autoencoder: Autoencoder, discriminator: Net) -> Net:
         decoded = autoencoder.decode(params["autoencoder"], z)
 
         def judged(params: Params, pictures: Array) -> Judgement:
-            return discriminator.apply(params, pictures, t)
+            judgement: Any = discriminator.apply(params, pictures, t)
+            return judgement
 
         own, fixed = params["discriminator"], freeze(params["discriminator"])
         fake = judged(own, jax.lax.stop_gradient(decoded))
         return Pass(decoded, kl_to_standard(q), lambda y: judged(fixed, y), judged(own, x), fake)
 
-    return Net(jax.jit(init), apply)
+    network: Any = apply  # gives more than an array, which its objective knows
+    return Net(jax.jit(init), network)
 
 
 def objective(weights: Weights) -> Callable[..., Array]:

@@ -207,17 +207,17 @@ def encode_prompt(model: Model, params: Params, prompt: Prompt) -> dict[str, Arr
     Each chunk is read by itself; the token states of the encoders are joined along the channels. The text as a whole
     is that of the first chunk.
     """
-    hidden, vector = [], None
+    hidden, pooled = [], []
     for name, encoder in model.texts.items():
         ids, weights = prompt.ids[name], prompt.weights[name]
         b, chunks, n = ids.shape
         states = encoder.apply(params[name], jnp.reshape(ids, (b * chunks, n)))
         tokens = jnp.reshape(states.hidden, (b, chunks * n, -1))
         hidden.append(weighted(tokens, jnp.reshape(weights, (b, chunks * n)), keep_mean=not model.pooled))
-        vector = jnp.reshape(states.pooled, (b, chunks, -1))[:, 0]
+        pooled.append(jnp.reshape(states.pooled, (b, chunks, -1))[:, 0])
     found = {"tokens": jnp.concatenate(hidden, axis=-1)}
     if model.pooled:
-        found["vector"] = vector
+        found["vector"] = pooled[-1]
     if prompt.sizes is not None:
         found["sizes"] = prompt.sizes
     return found

@@ -33,7 +33,7 @@ def first_stage(run: str) -> FirstStage:
     """The autoencoder in the folder of a run of experiments/autoencoder.py; InputError for another folder."""
     teacher = find_teacher(run)
     shape = teacher.experiment.shape
-    network = network_with(teacher, channels=shape[-1])
+    network: Any = network_with(teacher, channels=shape[-1])
     params = teacher_params(teacher)
     if not isinstance(params, dict) or "autoencoder" not in params:
         raise InputError(f"autoencoder={run}: that run trained no autoencoder")
