@@ -49,6 +49,7 @@ class Experiment:
     its flow map; samples then are jumps of that along `times`, unless another sampler is asked for.
     read_texts: texts -> a condition that leads with [n], for what is conditioned on texts; `texts` are drawn in grids.
     drawing: (params, keys: [b], labels) -> f32[b *d], what is shown and drawn in place of samples, of an autoencoder say.
+    export: (averaged params, folder of the run) -> None, writes the result at the end as files that others read.
     evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> the decoded examples.
     """
 
@@ -90,6 +91,7 @@ class Experiment:
     read_texts: Callable[[Sequence[str]], Cond] | None = None
     texts: tuple[str, ...] = ()
     drawing: Callable[[Params, Key, Cond], Array] | None = None
+    export: Callable[[Params, Path], None] | None = None
     evaluate: Callable[[Callable[[np.ndarray, int], np.ndarray]], Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:

@@ -279,6 +279,10 @@ def _finish(run: _Run, state: TrainState) -> dict[str, float]:
     _say("drawing samples …")
     _sample_grid(run, state, "samples.png")
     _animate(run, state)
+    export = run.experiment.export
+    if export is not None:
+        averaged = jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(run.mesh))(state.ema))
+        hosts.on_first(lambda: export(averaged, run.folder), "export")
     line: dict[str, Any] = {"step": int(state.step), "finished": True}
     if run.experiment.evaluate is not None:
 
