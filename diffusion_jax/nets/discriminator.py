@@ -1,6 +1,6 @@
 """The patch discriminator: for each patch of a picture, how real it looks (Isola et al. 2017, arXiv:1611.07004, 3.2.2).
 
-Convolutions K of 4 x 4, of which the first `depth` halve the size, with group normalization GN, and f(h) = max(h, h / 5):
+Convolutions K of 4 x 4, the first `depth` of which halve the size, group normalization GN, and f(h) = max(h, h / 5):
 
     h_1 = f(K_1 x),   h_i = f(GN(K_i h_(i-1))),   i = 2 .. depth + 1,   logits = K h_(depth+1)                    (1)
 
