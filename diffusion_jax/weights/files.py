@@ -110,7 +110,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="np")
     except (OSError, SafetensorError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file: {_line(error)}") from error
+        raise InputError(f"{path} is damaged or not a safetensors file: {plain(error)}") from error
 
 
 def _load_one(path: Path) -> State:
@@ -121,7 +121,7 @@ def _load_one(path: Path) -> State:
                 found[name] = file.get_tensor(name)
             except AttributeError:  # safetensors looks a type up in NumPy
                 kind = file.get_slice(name).get_dtype()
-                raise InputError(f"{path}: {name} is of the type {kind}, which NumPy does not have") from None
+                raise InputError(f"{path}: {plain(name)} is of the type {kind}, which NumPy does not have") from None
     return found
 
 
@@ -130,14 +130,14 @@ def _parts(index: Path) -> dict[str, set[str]]:
     try:
         where = json.loads(index.read_text())["weight_map"]
         pairs = [(str(name), str(file)) for name, file in where.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} is damaged: it should hold a weight_map of names to files") from error
     parts: dict[str, set[str]] = {}
     for name, file in pairs:
         if Path(file).name != file or not file.endswith(SUFFIX):
-            raise InputError(f"{index} names {file!r}, which is not a {SUFFIX} file beside it")
-        if not (index.parent / file).is_file():
-            raise InputError(f"{index.parent / file} is missing: {index.name} names it")
+            raise InputError(f"{index} names {plain(file)}, which is not a {SUFFIX} file beside it")
+        if not _is_file(index.parent / file):
+            raise InputError(f"{index.parent / plain(file)} is missing: {index.name} names it")
         parts.setdefault(file, set()).add(name)
     if not parts:
         raise InputError(f"{index} is damaged: its weight_map is empty")
@@ -147,7 +147,7 @@ def _parts(index: Path) -> dict[str, set[str]]:
 def _check_part(path: Path, found: set[str], expected: set[str]) -> None:
     for names, what in ((expected - found, "lacks"), (found - expected, "holds, against its index,")):
         if names:
-            raise InputError(f"{path} {what} {', '.join(sorted(names)[:4])}{' …' if len(names) > 4 else ''}")
+            raise InputError(f"{path} {what} {plain(', '.join(sorted(names)[:4]))}{' …' if len(names) > 4 else ''}")
 
 
 def _cut(arrays: State, part_bytes: int | None) -> list[list[str]]:
@@ -181,5 +181,13 @@ def _save_one(path: Path, arrays: State, texts: Mapping[str, str] | None) -> Non
         unfinished.unlink(missing_ok=True)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def plain(words: object, most: int = 300) -> str:
+    """What an error says of a file, whose words may be any, as one printable line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(words)[: 4 * most]).split())[:most]

@@ -27,7 +27,7 @@ import numpy as np
 
 from diffusion_jax.typing import InputError
 from diffusion_jax.weights import ldm_names
-from diffusion_jax.weights.files import State
+from diffusion_jax.weights.files import State, plain
 
 Config = dict[str, Any]
 GROUPS, HEAD = 32, 64
@@ -46,9 +46,11 @@ def configs(
     makers = {"unet": unet, "controlnet": controlnet, "vae": vae, "text_encoder": text, "text_encoder_2": text}
     try:
         found = {component: makers[component](family, weights) for component, weights in hub.items()}
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"the weights are not those of {family}: {' '.join(str(error).split())[:200]}") from error
-    return {**found, "scheduler": scheduler(family, extras or {}, prediction)} if "unet" in hub else found
+        return {**found, "scheduler": scheduler(family, extras or {}, prediction)} if "unet" in hub else found
+    except InputError:
+        raise
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(f"the weights are not those of {family}: {plain(error)}") from error
 
 
 def unet(family: str, weights: State) -> Config:

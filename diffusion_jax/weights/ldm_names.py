@@ -42,7 +42,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.typing import InputError
-from diffusion_jax.weights.files import State
+from diffusion_jax.weights.files import State, plain
 
 Names = dict[str, str]
 
@@ -109,7 +109,8 @@ def turned(names: Names) -> Names:
 def listed(names: Iterable[str], most: int = 6) -> str:
     """Some names in a line, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(plain(name, 120) for name in names[:most]) + more
 
 
 # U-Nets and ControlNets ----------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def open_clip_here(state: State) -> State:
     for name, value in inner.items():
         layer, kind = _in_proj(name)
         if value.ndim == 0 or len(value) % 3:
-            raise InputError(f"{name} has the shape {value.shape}, which is not three matrices")
+            raise InputError(f"{plain(name)} has the shape {value.shape}, which is not three matrices")
         for part, third in zip("qkv", np.split(value, 3), strict=True):
             found[f"{LAYERS}.{layer}.self_attn.{part}_proj.{kind}"] = third
     return found
@@ -305,7 +306,7 @@ def open_clip_there(state: State) -> State:
     for name in [name for name in inner if ".q_proj." in name]:
         parts = [inner.pop(name.replace(".q_proj.", f".{part}_proj."), None) for part in "qkv"]
         if any(part is None for part in parts):
-            raise InputError(f"the text encoder has {name} and lacks its k_proj or v_proj")
+            raise InputError(f"the text encoder has {plain(name)} and lacks its k_proj or v_proj")
         there = name.replace(LAYERS, RESBLOCKS).replace(".self_attn.q_proj.", ".attn.in_proj_")
         found[there] = np.concatenate([part for part in parts if part is not None])
     if inner:
@@ -316,7 +317,7 @@ def open_clip_there(state: State) -> State:
 def _in_proj(name: str) -> tuple[str, str]:
     found = re.fullmatch(rf"{re.escape(RESBLOCKS)}\.(\d+)\.attn\.in_proj_(weight|bias)", name)
     if found is None:
-        raise InputError(f"weights that this model does not have: {name}")
+        raise InputError(f"weights that this model does not have: {plain(name)}")
     return found[1], found[2]
 
 

@@ -110,7 +110,7 @@ def read(state: Mapping[str, np.ndarray], hub: Hub, header: str | None = None) -
         if where is None:
             strange.append(name)
         elif role in parts.setdefault(where, {}):
-            raise InputError(f"two weights for {role} of {'.'.join(where)}: {name} and another")
+            raise InputError(f"two weights for {role} of {'.'.join(where)}: {files.plain(name)} and another")
         else:
             parts[where][role] = value
     if strange or not parts:

@@ -268,7 +268,7 @@ def _class(config: Config) -> str:
 
 def _word(value: Any) -> str:
     """In an error's one line."""
-    return " ".join(str(value).split())[:80]
+    return files.plain(value, 80)
 
 
 def _weights(folder: Path, variant: str | None, dtype: Any, tower: bool = False) -> State:

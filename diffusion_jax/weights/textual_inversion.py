@@ -123,7 +123,7 @@ def _found(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]
         raise InputError(f"it holds {len(state)} arrays, where an embedding has the vectors of one word")
     ((word, value),) = own.items()
     if value.ndim not in (1, 2) or word.endswith((".weight", ".bias")):
-        raise InputError(f"it holds {word} of shape {value.shape}, which is no embedding")
+        raise InputError(f"it holds {files.plain(word)} of shape {value.shape}, which is no embedding")
     return {"text_encoder": value}, word
 
 

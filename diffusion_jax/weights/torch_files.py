@@ -27,7 +27,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,9 +35,10 @@ import ml_dtypes
 import numpy as np
 
 from diffusion_jax.typing import InputError
-from diffusion_jax.weights.files import State
+from diffusion_jax.weights.files import State, plain
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+MOST_NAMES, MOST_SHARED = 10**6, 16
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 TYPES: dict[str, np.dtype[Any]] = {
     "HalfStorage": np.dtype("<f2"), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16), "FloatStorage": np.dtype("<f4"),
@@ -93,20 +94,14 @@ def load(path: str | os.PathLike[str]) -> State:
             content, arrays = _read_archive(path)
         else:
             content, arrays = _read_stream(path)
-        state = {name: _view(tensor, arrays) for name, tensor in _tensors(content, "", 0)}
+        state = _views(content, arrays)
     except InputError as error:
-        raise InputError(f"{path}: {_line(error)}") from None
+        raise InputError(f"{path}: {plain(error)}") from None
     except DAMAGE as error:
-        raise InputError(f"{path} is damaged or no file of torch's: {_line(error)}") from None
+        raise InputError(f"{path} is damaged or no file of torch's: {plain(error)}") from None
     if not state:
         raise InputError(f"{path} holds no tensors")
     return state
-
-
-def _line(error: Exception) -> str:
-    """One printable line: the file may have chosen the words."""
-    printable = "".join(c if c.isprintable() else " " for c in str(error))
-    return " ".join(printable.split())[:300]
 
 
 def _read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
@@ -123,6 +118,8 @@ def _read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
             raise InputError("the numbers are in big-endian order, which is not read")
         machine = Machine()
         content = machine.run(io.BytesIO(_stored(archive, programs[0])))
+        if sum(s.n * s.dtype.itemsize for s in machine.storages.values()) > path.stat().st_size:
+            raise InputError("the archive is truncated, or parts of it lie over each other")
         return content, {key: _member(archive, f"{root}data/{key}", s) for key, s in machine.storages.items()}
 
 
@@ -152,7 +149,9 @@ def _read_stream(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
             raise InputError("the numbers are in big-endian order, which is not read")
         machine = Machine()
         content, keys = machine.run(file), Machine().run(file)
-        if not isinstance(keys, list) or set(keys) != machine.storages.keys() or len(keys) != len(machine.storages):
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise InputError("the list of storages is not one of names")
+        if set(keys) != machine.storages.keys() or len(keys) != len(machine.storages):
             raise InputError("the list of storages is not that of the weights")
         arrays = {key: _block(file, machine.storages[key]) for key in keys}
         if file.read(1):
@@ -170,19 +169,40 @@ def _block(file: BinaryIO, storage: Storage) -> np.ndarray:
     return np.frombuffer(file.read(size), storage.dtype)
 
 
-def _tensors(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors(content: Any, prefix: str, depth: int, left: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by dotted names. left: as many names as may follow, as dicts in dicts, when shared, multiply quickly."""
     if not isinstance(content, dict) or depth > 8:
         raise InputError("it holds no dict of weights by name")
     for name, value in content.items():
+        if next(left, None) is None:
+            raise InputError(f"it holds more than {MOST_NAMES} names")
         if isinstance(value, Tensor):
             if not isinstance(name, str):
-                raise InputError(f"the weight {name!r} is not named by a text")
+                raise InputError(f"the weight {_said(name)} is not named by a text")
             yield f"{prefix}{name}", value
         elif isinstance(value, dict):
-            yield from _tensors(value, f"{prefix}{name}.", depth + 1)
+            yield from _tensors(value, f"{prefix}{_said(name)}.", depth + 1, left)
 
 
-def _view(tensor: Tensor, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def _views(content: Any, arrays: Mapping[str, np.ndarray]) -> State:
+    """All tensors, copied; an error if views of the same storages take far more memory than the file has bytes."""
+    state: State = {}
+    left = MOST_SHARED * sum(array.nbytes for array in arrays.values())
+    for name, tensor in _tensors(content, "", 0, iter(range(MOST_NAMES))):
+        state[name] = _view(tensor, arrays)
+        left -= state[name].nbytes
+        if left < 0:
+            raise InputError(f"its tensors take more than {MOST_SHARED} times the memory of what is in the file")
+    return state
+
+
+def _said(value: Any) -> str:
+    """A value of a file in an error; not a tuple of tuples, which, when shared, can be longer than any memory."""
+    plain = value is None or isinstance(value, str | int | float | Name)
+    return str(value)[:80] if plain else f"a {type(value).__name__}"
+
+
+def _view(tensor: Tensor, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Equation (1), copied out of the storage; a view that leaves it is an error."""
     storage, offset, shape, strides = tensor
     flat, count = arrays[storage.key], math.prod(shape)
@@ -197,11 +217,12 @@ def _view(tensor: Tensor, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def _storage(pid: Any) -> Storage:
     """A persistent id as a `Storage`; the old format has a sixth entry, for views of views, which must be None."""
-    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):
+    known = isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[0], str) and pid[0] == "storage"
+    if not known or any(view is not None for view in pid[5:]):
         raise InputError("a persistent id that is not a storage's")
     _, kind, key, _, n = pid[:5]
     if not isinstance(kind, Name) or kind.module not in ("torch", "torch.storage") or kind.name not in TYPES:
-        raise InputError(f"it names {kind}, which is not a type of numbers that is read")
+        raise InputError(f"it names {_said(kind)}, which is not a type of numbers that is read")
     if not isinstance(key, str) or not key or "/" in key or not _natural(n):
         raise InputError("a storage without a proper key or size")
     return Storage(TYPES[kind.name], key, n)
@@ -216,7 +237,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if not whole or len(shape) != len(strides) or len(shape) > 16:
         raise InputError("a tensor that is not made of a storage, a shape and strides")
     if not all(map(_natural, (offset, *shape, *strides))):
-        raise InputError(f"a tensor of offset {offset}, shape {shape}, strides {strides}")
+        shape, strides = (", ".join(map(_said, numbers)) for numbers in (shape, strides))
+        raise InputError(f"a tensor of offset {_said(offset)}, shape {shape}, strides {strides}")
     return Tensor(storage, offset, shape, strides)
 
 
@@ -226,14 +248,23 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Tensor:
     return tensor
 
 
-def _ordered_dict(*items: Any) -> dict[Any, Any]:
-    return dict(*items)
+def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
+    pairs = [tuple(item) for item in items]
+    _check_keys(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """TypeError for keys whose hash may take for ever, as that of tuples of shared tuples does."""
+    if not all(key is None or isinstance(key, str | int | float | bytes) for key in keys):
+        raise TypeError("a dict by other things than names and numbers")
 
 
 def _set(items: Any = None) -> set[Any]:
     """What modules keep the names of some buffers in."""
     if type(items) is not list:
         raise InputError("a set that is not made of a list")
+    _check_keys(items)
     return set(items)
 
 
@@ -305,10 +336,13 @@ class Machine:
     def set_items(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict or len(items) % 2:
             raise TypeError("items for what is no dict")
+        _check_keys(items[::2])
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def name(self, module: Any, name: Any) -> None:
-        named = Name(str(module), str(name))
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise TypeError("a name that is not a text")
+        named = Name(module, name)
         if named not in CALLS and named not in NAMED:
             raise InputError(f"it names {named}, which weights do not need and which could run code: it is not read")
         self.stack.append(named)
@@ -316,14 +350,14 @@ class Machine:
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or function not in CALLS or type(arguments) is not tuple:
-            raise InputError(f"it calls {str(function)[:80]}, which is not read")
+            raise InputError(f"it calls {_said(function)}, which is not read")
         self.stack.append(CALLS[function](*arguments))
 
     def new(self) -> None:
         """An object of a class: of `PARAMETERS` alone, as a dict that gets its items in `build`."""
         arguments, kind = self.stack.pop(), self.stack.pop()
         if kind != PARAMETERS or arguments != ():
-            raise InputError(f"it makes a {str(kind)[:80]}, which is not read")
+            raise InputError(f"it makes a {_said(kind)}, which is not read")
         self.stack.append({})
 
     def build(self) -> None:
