@@ -27,7 +27,7 @@ ROOMS = {  # room -> what it may import of this package beside itself; a room no
     "training": CORE | {"experiment"},
     "evaluation": CORE | {"nets", "weights"},
     "planning": CORE | {"arguments", "experiment", "training"},
-    "generating": CORE | {"arguments", "nets", "systems", "text", "training", "weights"},
+    "generating": CORE | {"_version", "arguments", "nets", "systems", "text", "training", "weights"},
     "measuring": CORE | {"arguments", "experiment", "training", "evaluation"},
 }
 HEAVY = {"flax", "optax", "orbax"}
