@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sd_shapes
+from test_text import write_folder
 
 from diffusion_jax.weights import files, ldm_configs, model_folder, single_file
 
@@ -78,6 +79,26 @@ def test_files_that_we_write_are_what_diffusers_reads(family):
         assert theirs.keys() == weights.keys()
         for name, value in weights.items():
             np.testing.assert_array_equal(theirs[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_whole_files_are_loaded_as_pipelines(tmp_path, family):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    hub = sd_shapes.model(family)
+    names = ("tokenizer",) if family == "sd1" else ("tokenizer", "tokenizer_2")
+    words = {name: write_folder(tmp_path / name) for name in names}
+    model = model_folder.Folder({}, ldm_configs.configs(family, hub), hub, words)
+    path = single_file.save(tmp_path / "m.safetensors", single_file.of(family, hub))
+    settings = model_folder.save(tmp_path / "m", model._replace(hub={}, index=model_folder.index_of(model)))
+    kind = StableDiffusionPipeline if family == "sd1" else StableDiffusionXLPipeline
+    pipeline = kind.from_single_file(str(path), config=str(settings), local_files_only=True)
+    for component, weights in hub.items():
+        module = getattr(pipeline, component)
+        bare = isinstance(module, CLIPTextModel)
+        found = {n: v.numpy() for n, v in module.state_dict().items()}
+        found = {f"text_model.{n}" if bare and n.startswith(model_folder.BARE) else n: v for n, v in found.items()}
+        sd_shapes.same_bits({n: found[n] for n in weights}, weights)
 
 
 def test_averages_are_those_that_diffusers_takes():
