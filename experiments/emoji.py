@@ -94,7 +94,8 @@ def experiment(
     store, trained = Path(autoencoder) / "latents", (Path(autoencoder) / "experiment.json").is_file()
 
     def prepare(moments: Array, key: Key | None = None, flip: bool = False) -> Array:
-        return draw_from_moments(scale_of(autoencoder, store))(moments, key, flip)
+        scale = scale_of(autoencoder, store) if trained else 1.0  # only plans are made without an autoencoder
+        return draw_from_moments(scale)(moments, key, flip)
 
     return Experiment(
         data=lambda: captioned(autoencoder, store),
@@ -113,7 +114,7 @@ def experiment(
         steps=steps,
         batch=batch,
         seed=seed,
-        null=0.0,
+        null=np.zeros((TOKENS, WIDTH), np.float32),
         drop=0.1,
         guidance=guidance,
         prepare=prepare,

@@ -90,7 +90,8 @@ def experiment(
     trained = (Path(autoencoder) / "experiment.json").is_file()
 
     def prepare(moments: Array, key: Key | None = None, flip: bool = False) -> Array:
-        return draw_from_moments(scale_of(autoencoder, store))(moments, key, flip)
+        scale = scale_of(autoencoder, store) if trained else 1.0  # only plans are made without an autoencoder
+        return draw_from_moments(scale)(moments, key, flip)
 
     def read(net):
         return parameterize(
@@ -114,7 +115,7 @@ def experiment(
         steps=steps,
         batch=batch,
         seed=seed,
-        null=-1.0,
+        null=np.full((), -1, np.int32),  # a number of a caption, and not of a class
         drop=0.1,
         guidance=guidance,
         prepare=prepare,
