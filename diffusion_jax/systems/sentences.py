@@ -32,6 +32,11 @@ def encode_texts(texts: Sequence[str], length: int = 24) -> np.ndarray:
 
     InputError where the package is not installed.
     """
+    with jax.ensure_compile_time_eval():  # also where a program that asks for its texts is being traced
+        return _encoded(texts, length)
+
+
+def _encoded(texts: Sequence[str], length: int) -> np.ndarray:
     net, params, ids_of = _encoder()
     program = jax.jit(lambda ids, mask: net(params, ids, mask) * mask.astype(jnp.float32)[:, :, None])
     found = []

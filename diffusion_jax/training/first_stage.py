@@ -77,4 +77,5 @@ def scale_of(run: str, folder: Path) -> float:
     """The scale of the latents of a run in their store, or, where there is none yet, the one that it will have."""
     if (folder / "header.json").is_file():
         return float(read_header(folder)["scale"])
-    return measured_scale(first_stage(run))
+    with jax.ensure_compile_time_eval():  # also where a program that asks for it is being traced
+        return measured_scale(first_stage(run))
