@@ -168,8 +168,11 @@ def picture_program(
 def reporting(inner: Sampler, bar: tqdm) -> Sampler:
     """`inner`, moving a bar with each step."""
 
+    def tick() -> None:
+        bar.update()
+
     def step(key: Any, x: Array, *rest: Any) -> Any:
-        jax.debug.callback(lambda: None if bar.update() else None)
+        jax.debug.callback(tick)
         return inner.step(key, x, *rest)
 
     return Sampler(inner.init, step)

@@ -57,7 +57,7 @@ class Files(NamedTuple):
 def load_models(options: Options) -> dict[str, Loaded]:
     """The models that the options name: "main" and perhaps "refiner", "upscaler". InputError for what does not fit."""
     dtype = jnp.dtype(options["precision"] or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    main = read_files(options["model"])
+    main = read_files(options["model"], options["prediction"])
     main = with_parts(main, options)
     found = {"main": load_model(main, dtype, options)}
     for name, key in (("refiner", "refiner"), ("upscaler", "upscale")):
@@ -66,12 +66,12 @@ def load_models(options: Options) -> dict[str, Loaded]:
     return found
 
 
-def read_files(path: str) -> Files:
+def read_files(path: str, prediction: str | None = None) -> Files:
     """A model in a folder, in one file, or of a name on the Hub; InputError for anything else."""
     where = Path(path).expanduser()
     if where.is_file():
         checkpoint = single_file.load(where)
-        configs = ldm_configs.configs(checkpoint.family, checkpoint.hub, checkpoint.extras)
+        configs = ldm_configs.configs(checkpoint.family, checkpoint.hub, checkpoint.extras, prediction=prediction)
         return Files(configs, checkpoint.hub, {}, path)
     folder = model_folder.load(path)
     return Files(folder.configs, folder.hub, folder.tokenizers, path)
@@ -84,9 +84,11 @@ def with_parts(files: Files, options: Options) -> Files:
             other = read_files(options[key])
             if component not in other.hub:
                 raise InputError(f"{key}={options[key]} holds {', '.join(other.hub)} and no {component}")
+            config = other.configs[component]
+            if component == "vae" and Path(options[key]).expanduser().is_file():  # which does not hold its scale
+                config = {**config, "scaling_factor": files.configs["vae"].get("scaling_factor", 0.18215)}
             files = files._replace(
-                hub={**files.hub, component: other.hub[component]},
-                configs={**files.configs, component: other.configs[component]},
+                hub={**files.hub, component: other.hub[component]}, configs={**files.configs, component: config}
             )
     updates = [(lora.load(file, files.hub), scale) for file, scale in map(_with_scale, options["lora"])]
     return files._replace(hub=lora.merge(files.hub, updates)) if updates else files

@@ -35,6 +35,7 @@ def generate_options(
     lora: tuple[str, ...] = (),
     embedding: tuple[str, ...] = (),
     vae: str = "",
+    prediction: Literal["epsilon", "v_prediction"] | None = None,
     refiner: str = "",
     refine: Amount = 0.2,
     tokenizer: str = "",
@@ -72,6 +73,8 @@ def generate_options(
         lora: files to merge, each as FILE or FILE:SCALE, with commas between.
         embedding: files of textual inversion, each as FILE or FILE:WORD, with commas between.
         vae: another autoencoder, a folder or a file.
+        prediction: what the U-Net of a model in one file was trained on, where its family does not say it: those of
+            Stable Diffusion 2 are taken for v_prediction.
         refiner: a model that draws the last part of the way, SDXL's refiner.
         refine: which part that is.
         tokenizer: a folder with the tokenizer, for models without one.
