@@ -24,8 +24,15 @@ from diffusion_jax.arguments import Amount, Count, Natural
 from diffusion_jax.experiment import Experiment
 from diffusion_jax.nets.autoencoder import Autoencoder, kl_autoencoder
 from diffusion_jax.nets.discriminator import patch_discriminator
+from diffusion_jax.nets.vq import VectorAutoencoder, vq_autoencoder
 from diffusion_jax.ops import fold, is_batched
-from diffusion_jax.systems.autoencoding import Weights, beside_their_originals, objective, with_discriminator
+from diffusion_jax.systems.autoencoding import (
+    Weights,
+    absorbed,
+    beside_their_originals,
+    objective,
+    with_discriminator,
+)
 from diffusion_jax.training import ema
 from diffusion_jax.training.data import Data, prepare, take
 from diffusion_jax.training.data import size as examples
@@ -35,11 +42,18 @@ from diffusion_jax.typing import Array, Cond, InputError, Key, Params
 SIZES = {"emoji": 64, "fashion_mnist": 28, "folder": 128}
 
 
-def network(*, width: int, latent: int, channels: int, precision: str) -> Autoencoder:
-    """Three levels, so that latents are a quarter of a picture's size."""
-    return kl_autoencoder(
-        widths=(width, 2 * width, 4 * width), blocks=1, channels=channels, latent=latent, dtype=jnp.dtype(precision)
-    )
+def network(*, width: int, latent: int, codes: int, channels: int, precision: str) -> Autoencoder:
+    """Three levels, so that latents are a quarter of a picture's size; as latent diffusion takes it."""
+    made = trained(width=width, latent=latent, codes=codes, channels=channels, precision=precision)
+    return made if isinstance(made, Autoencoder) else absorbed(made)
+
+
+def trained(*, width: int, latent: int, codes: int, channels: int, precision: str) -> Autoencoder | VectorAutoencoder:
+    """The same as it is trained: with a Gaussian, or with a codebook of so many rows."""
+    widths, dtype = (width, 2 * width, 4 * width), jnp.dtype(precision)
+    if codes:
+        return vq_autoencoder(widths=widths, blocks=1, channels=channels, latent=latent, codes=codes, dtype=dtype)
+    return kl_autoencoder(widths=widths, blocks=1, channels=channels, latent=latent, dtype=dtype)
 
 
 def pictures(data: str, size: int, path: str, data_dir: str | None) -> Data:
@@ -60,8 +74,9 @@ def experiment(
     size: Count | None = None,
     width: Count = 64,
     latent: Count = 4,
+    codes: Natural = 0,
     features: Amount = 1.0,
-    rate: Amount = 1e-3,
+    rate: Amount | None = None,
     adversarial: Amount = 0.1,
     start: Natural = 2000,
     steps: Count = 20_000,
@@ -84,8 +99,10 @@ def experiment(
         size: pixels a side, a multiple of 4; fashion_mnist has 28.
         width: channels of the first of three levels.
         latent: channels of a latent.
+        codes: rows of a codebook (VQGAN); 0 for a Gaussian of each latent instead (KL).
         features: how much likeness in the discriminator's features counts against likeness of pixels.
-        rate: how much the distance of the Gaussian from a standard one counts, a number of a picture.
+        rate: how much the distance of the Gaussian from a standard one counts, a number of a picture, 0.001 unless
+            given; or the codebook's loss, 1 unless given.
         adversarial: how much the discriminator counts, against the rest as large as it.
         start: updates before it counts.
         steps: updates to make.
@@ -104,7 +121,8 @@ def experiment(
     if side % 4 or (data == "fashion_mnist" and side != 28):
         raise InputError(f"size={side}: a multiple of 4 is needed, and 28 for fashion_mnist")
     channels = 1 if data == "fashion_mnist" else 3
-    vae = network(width=width, latent=latent, channels=channels, precision=precision)
+    made = {"width": width, "latent": latent, "codes": codes, "channels": channels, "precision": precision}
+    vae, weight = network(**made), rate if rate is not None else 1.0 if codes else 1e-3
     judge = patch_discriminator(channels, width=width, depth=2, dtype=jnp.dtype(precision))
     load = functools.cache(lambda: pictures(data, side, path, data_dir))
     schedule = rectified()
@@ -112,10 +130,10 @@ def experiment(
     return Experiment(
         data=load,
         shape=(side, side, channels),
-        net=with_discriminator(vae, judge),
+        net=with_discriminator(trained(**made), judge),
         schedule=schedule,
         read=lambda net: net,
-        objective=objective(Weights(features, rate, adversarial, start)),
+        objective=objective(Weights(features, weight, adversarial, start)),
         staged=True,
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning, b1=0.5, b2=0.9)),
         ema=ema.constant(0.999),

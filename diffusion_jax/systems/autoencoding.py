@@ -11,7 +11,7 @@ moves both at once, in one step of one optimizer. In place of the reference's ra
 layer, lambda is their ratio at x^ itself (Défossez et al. 2022, arXiv:2210.13438, section 3.4), which costs no backward
 pass through the decoder. phi are C's own features (Larsen et al. 2016, arXiv:1512.09300), learned from the data
 alone: a metric's features never enter the training of what it measures. w is 0 before `start` updates.
-With a codebook in place of the Gaussian, its loss stands for b KL.
+With a codebook in place of the Gaussian, b times its loss stands for the KL term.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets.autoencoder import Autoencoder, draw_latent, kl_to_standard
+from diffusion_jax.nets.autoencoder import Autoencoder, Gaussian, draw_latent, kl_to_standard
 from diffusion_jax.nets.discriminator import Judgement, feature_distance, freeze, hinge
+from diffusion_jax.nets.vq import VectorAutoencoder
 from diffusion_jax.ops import fold
 from diffusion_jax.typing import Array, Cond, Key, Net, Params
 
@@ -31,8 +32,8 @@ from diffusion_jax.typing import Array, Cond, Key, Net, Params
 class Pass(NamedTuple):
     """A picture through the autoencoder, and what the discriminator thinks.
 
-    judge: pictures -> `Judgement` by constants; real and fake: what C is trained on; rate: f32[b], KL in nats, or the
-    loss of a codebook.
+    judge: pictures -> `Judgement` by constants; real and fake: what C is trained on; rate: f32[b], KL in nats over the
+    numbers in x, or the codebook's loss with a quarter of the commitment's.
     """
 
     decoded: Array
@@ -51,7 +52,23 @@ class Weights(NamedTuple):
     start: int = 1000
 
 
-def with_discriminator(autoencoder: Autoencoder, discriminator: Net) -> Net:
+def absorbed(autoencoder: VectorAutoencoder) -> Autoencoder:
+    """An autoencoder with a codebook as one of latents before it, the codebook being part of the decoder.
+
+    Its Gaussians have no width to speak of (Rombach et al. 2022, section 3.1, "VQ-reg.").
+    """
+
+    def encode(params: Params, x: Array) -> Gaussian:
+        z = autoencoder.encode(params, x)
+        return Gaussian(z, jnp.full_like(z, -30.0))
+
+    def decode(params: Params, z: Array) -> Array:
+        return autoencoder.decode(params, autoencoder.quantize(params, z).z)
+
+    return Autoencoder(autoencoder.init, encode, decode)
+
+
+def with_discriminator(autoencoder: Autoencoder | VectorAutoencoder, discriminator: Net) -> Net:
     """Both as one network, with the parameters {"autoencoder": ..., "discriminator": ...}: apply(params, x, t) -> Pass.
 
     Without a key, z is the Gaussian's mean.
@@ -62,8 +79,7 @@ def with_discriminator(autoencoder: Autoencoder, discriminator: Net) -> Net:
         return dict(zip(("autoencoder", "discriminator"), pair, strict=True))
 
     def apply(params: Params, x: Array, t: Array, cond: Cond = None, *, key: Key | None = None) -> Pass:
-        q = autoencoder.encode(params["autoencoder"], x)
-        z = q.mean if key is None else draw_latent(fold(key, 2), q)
+        z, rate = _coded(autoencoder, params["autoencoder"], x, key)
         decoded = autoencoder.decode(params["autoencoder"], z)
 
         def judged(params: Params, pictures: Array) -> Judgement:
@@ -72,7 +88,7 @@ def with_discriminator(autoencoder: Autoencoder, discriminator: Net) -> Net:
 
         own, fixed = params["discriminator"], freeze(params["discriminator"])
         fake = judged(own, jax.lax.stop_gradient(decoded))
-        return Pass(decoded, kl_to_standard(q), lambda y: judged(fixed, y), judged(own, x), fake)
+        return Pass(decoded, rate, lambda y: judged(fixed, y), judged(own, x), fake)
 
     network: Any = apply  # gives more than an array, which its objective knows
     return Net(jax.jit(init), network)
@@ -95,12 +111,24 @@ def objective(weights: Weights) -> Callable[..., Array]:
             return -jnp.mean(p.judge(decoded).logits)
 
         w = jnp.where(True if step is None else step >= weights.start, weights.adversarial, 0.0)
-        total = reconstruction(p.decoded) + weights.rate * jnp.mean(p.rate) / (x[0].size)
+        total = reconstruction(p.decoded) + weights.rate * jnp.mean(p.rate)
         total += w * balance(reconstruction, adversarial, p.decoded) * adversarial(p.decoded)
         total += hinge(p.real.logits, p.fake.logits)
         return jnp.broadcast_to(total, x.shape[:1])
 
     return loss
+
+
+def _coded(
+    autoencoder: Autoencoder | VectorAutoencoder, params: Params, x: Array, key: Key | None
+) -> tuple[Array, Array]:
+    """What the decoder is given, and what it costs."""
+    if isinstance(autoencoder, VectorAutoencoder):
+        found = autoencoder.quantize(params, autoencoder.encode(params, x))
+        return found.z, found.codebook + 0.25 * found.commitment
+    q = autoencoder.encode(params, x)
+    z = q.mean if key is None else draw_latent(fold(key, 2), q)
+    return z, kl_to_standard(q) / x[0].size
 
 
 def balance(first: Callable[[Array], Array], second: Callable[[Array], Array], x: Array) -> Array:
