@@ -472,6 +472,8 @@ def _explain(error: Exception, words: list[str]) -> tuple[str, int]:
 def _out_of_memory(text: str, words: list[str]) -> str:
     """What did not fit, what takes memory, and which of this command's arguments make it smaller."""
     command, name, *rest = words
+    if command == "generate":
+        return f"out of memory: batch=1, a smaller size=, tile=512 and precision=bfloat16 take less ({text[:160]})"
     if command != "train":
         return f"out of memory: try fewer devices' worth at a time, a smaller batch or network ({text[:160]})"
     from diffusion_jax.experiment import find_experiment
