@@ -54,9 +54,10 @@ def generate(options: Options) -> str:
     out = Path(options["out"] or Path("runs") / "generate" / time.strftime("%Y-%m-%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in options.items() if name not in ("out", "devices", "batch")}
+    told = {name: _bare(value) for name, value in settings.items()}
     shown: list[np.ndarray] = []
     for i, image in enumerate(pictures(options, loaded, job)):
-        files.save_with_settings(out / f"{i:04d}.png", image, {**settings, "number": i})
+        files.save_with_settings(out / f"{i:04d}.png", image, {**told, "number": i})
         shown += [image] if len(shown) < TO_SHOW else []
     columns = int(np.ceil(np.sqrt(len(shown))))
     save_picture(out / "sheet.png", grid(np.stack(shown), columns, fitting_scale(shown[0].shape[1], columns)))
@@ -176,6 +177,14 @@ def reporting(inner: Sampler, bar: tqdm) -> Sampler:
         return inner.step(key, x, *rest)
 
     return Sampler(inner.init, step)
+
+
+def _bare(value: Any) -> Any:
+    """A file by its name alone: pictures are given away, and the folders of whoever drew them are nobody's business."""
+    if isinstance(value, tuple | list):
+        return [_bare(one) for one in value]
+    is_path = isinstance(value, str) and ("/" in value or "\\" in value) and Path(value).expanduser().exists()
+    return Path(value).name if is_path else value
 
 
 def _stage(options: Options, name: str, loaded: Loaded, size: files.Size) -> Stage:
