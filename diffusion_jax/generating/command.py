@@ -183,8 +183,10 @@ def _bare(value: Any) -> Any:
     """A file by its name alone: pictures are given away, and the folders of whoever drew them are nobody's business."""
     if isinstance(value, tuple | list):
         return [_bare(one) for one in value]
-    is_path = isinstance(value, str) and ("/" in value or "\\" in value) and Path(value).expanduser().exists()
-    return Path(value).name if is_path else value
+    if not isinstance(value, str) or Path(value).name == value:
+        return value
+    there = any(Path(text).expanduser().exists() for text in (value, value.rpartition(":")[0]) if text)
+    return Path(value).name if there else value
 
 
 def _stage(options: Options, name: str, loaded: Loaded, size: files.Size) -> Stage:
