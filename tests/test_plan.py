@@ -65,6 +65,18 @@ ENTRY %main (x: f32[8,16], w: f32[16,4], h: bf16[6,10]) -> f32[16,4] {
   ROOT %out = f32[16,4]{1,0} all-reduce(%end), replica_groups={{0,1,2,3}}, to_apply=%sum
 }
 """
+GROUPS = {
+    "{{0,1,2,3}}": (0, 1, 2, 3),
+    "{{0,2},{1,3}}": (0, 2),
+    "[2,2]<=[2,2]T(1,0)": (0, 2),
+    "[2,2]<=[4]": (0, 1),
+    "mesh['axis_0'=4,'axis_1'=1] {'axis_0'}": (0, 1, 2, 3),
+    "mesh['axis_0'=1,'axis_1'=4] {'axis_1'}": (0, 1, 2, 3),
+    "mesh['axis_0'=2,'axis_1'=2] {'axis_0'}": (0, 2),
+    "mesh['axis_0'=2,'axis_1'=2] {'axis_1'}": (0, 1),
+    "mesh['axis_0'=2,'axis_1'=2,'axis_2'=1] {'axis_0','axis_1'}": (0, 1, 2, 3),
+}
+"""Ways in which XLA writes groups of devices, and the first of each for four devices."""
 PLAIN = CHIPS["v5e"]._replace(flops=1e3, flops32=1e3, bandwidth=1e2, link=10.0, clock=1.0)
 
 
@@ -76,6 +88,18 @@ def convolve(x, k, stride=1, groups=1):
     return jax.lax.conv_general_dilated(
         x, k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
+
+
+def test_the_number_of_devices_is_read_from_a_header_of_any_length():
+    assert Program(TEXT.replace("num_partitions=4", f"options={{{'0;' * 100_000}}}, num_partitions=4")).partitions == 4
+
+
+@pytest.mark.parametrize("written", GROUPS)
+def test_groups_of_devices_in_every_notation(written):
+    text = TEXT.replace("replica_groups={{0,1,2,3}}", f"replica_groups={written}, use_global_device_ids=true")
+    reduced = next(c for c in Program(text).collectives() if c.kind == "all-reduce")
+    assert reduced.group[: len(GROUPS[written])] == GROUPS[written]
+    assert reduced.size == len(GROUPS[written])
 
 
 class TestModelFlops:

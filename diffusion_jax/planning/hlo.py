@@ -147,7 +147,8 @@ class Program:
     @cached_property
     def partitions(self) -> int:
         """The number of devices that it was compiled for."""
-        numbers = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", self.text[:100_000])]
+        header = self.text.partition("\n")[0]  # of any length: TPU compilers write their options into it
+        numbers = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)]
         return math.prod(numbers) if numbers else 1
 
     def walk(self) -> Iterator[tuple[str, Op, int]]:
@@ -409,12 +410,24 @@ def _first_group(op: Op, devices: int) -> tuple[int, ...]:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", op.rest)
     if listed:
         return _ints(listed[1])
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", op.rest)
+    if meshed:
+        return _along(meshed[1], meshed[2])
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.rest)
     if iota is None:
         return tuple(range(devices))
     shape, axes = _ints(iota[1]), _ints(iota[2])
     order = _ints(iota[3]) if iota[3] else tuple(range(len(axes)))
     return tuple(_transposed(axes, order)[: shape[-1]])
+
+
+def _along(mesh: str, axes: str) -> tuple[int, ...]:
+    """The first group along some axes, 'a' of a mesh 'a'=2,'b'=4 whose devices are numbered row by row."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    chosen = re.findall(r"'(\w+)'", axes)
+    order = [i for i, name in enumerate(sizes) if name not in chosen] + [i for i, n in enumerate(sizes) if n in chosen]
+    shape = tuple(sizes.values())
+    return tuple(_transposed(shape, tuple(order))[: math.prod(sizes[name] for name in chosen)])
 
 
 def _transposed(axes: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
