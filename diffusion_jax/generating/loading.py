@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.generating import networks
+from diffusion_jax.nets.autoencoder import Autoencoder
+from diffusion_jax.nets.tiles import tiled
 from diffusion_jax.systems.stable_diffusion import Model
 from diffusion_jax.systems.tuning import halved
 from diffusion_jax.text import tokenizer as tokenizers
@@ -112,7 +114,7 @@ def load_model(files: Files, dtype: Any, options: Options) -> Loaded:
                )
                for name, one in texts.items()},
         unet=networks.unet(config, latent, pooled, dtype),
-        vae=networks.autoencoder(vae, dtype),
+        vae=_by_tiles(networks.autoencoder(vae, dtype), options.get("tile", 0), factor),
         schedule=schedule, predicts=predicts, table=table, scale=vae.get("scaling_factor", 0.18215), factor=factor,
         channels=latent, pooled=xl,
         noised=_noised(files), control=_control(files, pooled, dtype),
@@ -155,6 +157,13 @@ def _check_components(files: Files) -> None:
     if missing:
         have = ", ".join(files.hub) or "nothing"
         raise InputError(f"{files.name} holds {have} and no {missing[0]}: it is not a whole model")
+
+
+def _by_tiles(vae: Autoencoder, tile: int, factor: int) -> Autoencoder:
+    """The autoencoder on tiles of so many pixels, a quarter of which neighbours share; 0 for whole pictures."""
+    if tile % (8 * factor):
+        raise InputError(f"tile={tile}: a multiple of {8 * factor} is needed here, or 0 for whole pictures")
+    return tiled(vae, tile, tile // 4, factor=factor) if tile else vae
 
 
 def _tokenizer(files: Files, encoder: str, given: str) -> Tokenizer:

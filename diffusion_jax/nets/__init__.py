@@ -48,6 +48,7 @@ from diffusion_jax.nets.text_unet import sd_x4_upscaler as sd_x4_upscaler
 from diffusion_jax.nets.text_unet import sdxl as sdxl
 from diffusion_jax.nets.text_unet import sdxl_refiner as sdxl_refiner
 from diffusion_jax.nets.text_unet import text_unet as text_unet
+from diffusion_jax.nets.tiles import tiled as tiled
 from diffusion_jax.nets.unet import ddpm_cifar10 as ddpm_cifar10
 from diffusion_jax.nets.unet import unet as unet
 from diffusion_jax.nets.vq import VectorAutoencoder as VectorAutoencoder
