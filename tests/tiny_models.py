@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from anywhere import params_like
 
 from diffusion_jax.generating import networks
 from diffusion_jax.text.tokenizer import BOS, EOS, byte_letters
@@ -92,11 +92,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 def weights(name: str, config: dict, seed: int) -> dict[str, np.ndarray]:
     """Random weights of a component, none of them zero or one, by their names in diffusers."""
-    like = jax.eval_shape(network(name, config).init, jax.random.key(0))
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda leaf: (0.3 * rng.standard_normal(leaf.shape) / leaf.shape[0] ** 0.5).astype("f4"), like
-    )
+    params = params_like(network(name, config).init, seed)
     return WRITERS[name](params)
 
 

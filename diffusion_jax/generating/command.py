@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from diffusion_jax.experiment import check_seed
 from diffusion_jax.generating import files
 from diffusion_jax.generating.loading import Loaded, load_models
 from diffusion_jax.generating.prompts import read_prompts, with_sizes
@@ -28,6 +29,8 @@ from diffusion_jax.typing import Array, InputError, Params, Sampler
 
 TO_SHOW = 25
 """Pictures on the contact sheet."""
+MOST_NOISE = 350
+"""What the published upscaler takes of the 1000 levels of its noise."""
 NUMBERS = ("guidance", "image_guidance", "control_scale", "strength", "noise_level")
 """Options that a program is given as arrays."""
 Options = Mapping[str, Any]
@@ -81,6 +84,10 @@ def check(options: Options) -> None:
             raise InputError(f"{name}={options[name]}: there is no such file")
     if options["size"]:
         files.parse_size(options["size"])
+    if options["noise_level"] > MOST_NOISE:
+        raise InputError(f"noise_level={options['noise_level']} is above {MOST_NOISE}, the most that was trained on")
+    check_seed(options["seed"])
+    make_mesh(options["devices"])
 
 
 def prepare(options: Options, loaded: Mapping[str, Loaded]) -> Job:

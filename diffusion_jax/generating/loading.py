@@ -65,6 +65,8 @@ def load_models(options: Options) -> dict[str, Loaded]:
     for name, key in (("refiner", "refiner"), ("upscaler", "upscale")):
         if options[key]:
             found[name] = load_model(read_files(options[key]), dtype, {**options, "embedding": ()})
+    if "refiner" in found:
+        _check_refiner(found["main"].model, found["refiner"].model, options["refiner"])
     return found
 
 
@@ -99,6 +101,8 @@ def with_parts(files: Files, options: Options) -> Files:
 def load_model(files: Files, dtype: Any, options: Options) -> Loaded:
     """Networks and parameters of one model. InputError listing what is missing, left over or of another shape."""
     _check_components(files)
+    networks.check_settings(files.configs)
+    networks.check_together({name: files.configs[name] for name in files.hub})
     texts = {name: files.configs[name] for name in TOKENIZER_OF if name in files.hub}
     pooled = texts.get("text_encoder_2", {}).get("projection_dim", 0)
     words = {name: _tokenizer(files, name, options["tokenizer"]) for name in texts}
@@ -157,6 +161,11 @@ def _check_components(files: Files) -> None:
     if missing:
         have = ", ".join(files.hub) or "nothing"
         raise InputError(f"{files.name} holds {have} and no {missing[0]}: it is not a whole model")
+
+
+def _check_refiner(main: Model, refiner: Model, name: str) -> None:
+    if (main.channels, main.factor, main.scale) != (refiner.channels, refiner.factor, refiner.scale):
+        raise InputError(f"refiner={name} has other latents than the model: it cannot go on with what was begun")
 
 
 def _by_tiles(vae: Autoencoder, tile: int, factor: int) -> Autoencoder:

@@ -23,6 +23,24 @@ from diffusion_jax.typing import InputError, Net, Schedule
 Config = Mapping[str, Any]
 PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+WHOLE, WHOLES, WORDS = "a whole number", "a list of whole numbers", "a list of words"
+_UNET = {
+    "in_channels": (WHOLE,), "layers_per_block": (WHOLE,), "block_out_channels": (WHOLES,),
+    "down_block_types": (WORDS,), "attention_head_dim": (WHOLE, WHOLES), "cross_attention_dim": (WHOLE,),
+}  # fmt: skip
+SETTINGS = {
+    "unet": {"out_channels": (WHOLE,), **_UNET},
+    "controlnet": _UNET,
+    "vae": {
+        "in_channels": (WHOLE,), "latent_channels": (WHOLE,), "block_out_channels": (WHOLES,),
+        "layers_per_block": (WHOLE,),
+    },
+    "text_encoder": {name: (WHOLE,) for name in (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+        "max_position_embeddings",
+    )},
+}  # fmt: skip
+"""What the settings of a component must have."""
 
 
 def text_encoder(config: Config, dtype: layers.DType, *, eos: int, before_last: bool, projected: bool) -> TextEncoder:
@@ -70,6 +88,38 @@ def control_network(config: Config, pooled: int, dtype: layers.DType) -> Net:
         n_in=config["in_channels"], hints=tuple(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256))),
         dtype=dtype, **_shared(config, pooled),
     )  # fmt: skip
+
+
+def check_settings(configs: Mapping[str, Config]) -> None:
+    """InputError for a setting of a component that is missing or of another kind than `SETTINGS` says."""
+    for component, config in configs.items():
+        for name, kinds in SETTINGS.get(component.removesuffix("_2"), {}).items():
+            if _kind_of(config.get(name)) not in kinds:
+                found = repr(config[name])[:40] if name in config else "missing"
+                raise InputError(f"the settings of the {component}: {name} is {found}, and should be {kinds[0]}")
+
+
+def check_together(configs: Mapping[str, Config]) -> None:
+    """InputError for components that are not of one model, or not of one family."""
+    config, vae = configs["unet"], configs["vae"]
+    towers = [configs[name] for name in ("text_encoder", "text_encoder_2") if name in configs]
+    if config["out_channels"] != vae["latent_channels"]:
+        raise InputError(
+            f"the vae has latents of {vae['latent_channels']} channels, and the unet gives {config['out_channels']}"
+        )
+    told = sum(tower["hidden_size"] for tower in towers)
+    if told != config["cross_attention_dim"]:
+        names = " and ".join(name for name in ("text_encoder", "text_encoder_2") if name in configs)
+        raise InputError(f"{names}: {told} numbers a token, of which the unet takes {config['cross_attention_dim']}")
+    features = config.get("projection_class_embeddings_input_dim") or 0
+    pooled = towers[-1].get("projection_dim", 0)
+    if features and (features - pooled) not in (5 * SIZE_FEATURES, 6 * SIZE_FEATURES):
+        raise InputError(f"text_encoder_2: it projects to {pooled} numbers, which the unet does not take")
+    control = configs.get("controlnet", config)
+    for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels"):
+        wanted = vae["latent_channels"] if name == "in_channels" else config[name]
+        if control is not config and control[name] != wanted:
+            raise InputError(f"the controlnet is for another model: its {name} is {control[name]}, here {wanted}")
 
 
 def size_numbers(config: Config, pooled: int) -> int:
@@ -137,6 +187,16 @@ def _shared(config: Config, pooled: int) -> dict[str, Any]:
         "vector": pooled if numbers else None,
         "sizes": numbers or None,
     }
+
+
+def _kind_of(value: Any) -> str:
+    """What a setting is, in the words of `SETTINGS`."""
+    if isinstance(value, list | tuple) and value:
+        inside = {_kind_of(part) for part in value}
+        return {"a word": WORDS, WHOLE: WHOLES}.get(inside.pop(), "") if len(inside) == 1 else ""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return WHOLE
+    return "a word" if isinstance(value, str) else ""
 
 
 def _each(value: Any, levels: int) -> tuple[int, ...]:

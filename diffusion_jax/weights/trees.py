@@ -32,13 +32,15 @@ Table = Callable[[Path], Leaf | None]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 """What torch's modules call the leaves of ours."""
+NO_FLOATS = "biucOSU"
+"""Kinds of NumPy's types that no weight has; bfloat16 is of the kind V."""
 
 
 def read(state: Mapping[str, np.ndarray], params_like: Any, table: Table) -> dict[str, Any]:
     """Our parameters from a state dict there, by (1).
 
     params_like: the network's parameters, or what `jax.eval_shape(net.init, key)` gives; sets shapes and types.
-    Raises ValueError listing every weight that is missing, left over or of another shape.
+    Raises ValueError listing every weight that is missing, left over, of another shape or not floating point.
     """
     targets = {path: (like, required(table, path)) for path, like in leaves(params_like)}
     names = {leaf.name for _, leaf in targets.values()}
@@ -49,6 +51,9 @@ def read(state: Mapping[str, np.ndarray], params_like: Any, table: Table) -> dic
             problems.append(f"missing: {leaf.name}")
             continue
         value = leaf.here(np.asarray(state[leaf.name]))
+        if value.dtype.kind in NO_FLOATS:
+            problems.append(f"type of {leaf.name}: {value.dtype}, which is not floating point")
+            continue
         if value.shape != tuple(like.shape):
             problems.append(f"shape of {leaf.name}: here {tuple(like.shape)}, there {value.shape} (in our order)")
         found[path] = np.ascontiguousarray(value, dtype=like.dtype)
