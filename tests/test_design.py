@@ -25,7 +25,7 @@ ROOMS = {  # room -> what it may import of this package beside itself; a room no
     "weights": LAYERS[0] | {"nets"},
     "systems": CORE | {"nets", "text", "weights"},
     "training": CORE | {"experiment"},
-    "evaluation": CORE | {"nets", "weights"},
+    "evaluation": CORE | {"nets", "text", "weights"},
     "planning": CORE | {"arguments", "experiment", "training"},
     "generating": CORE | {"_version", "arguments", "nets", "systems", "text", "training", "weights"},
     "measuring": CORE | {"arguments", "experiment", "training", "evaluation"},

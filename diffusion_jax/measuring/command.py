@@ -65,7 +65,8 @@ def eval_options(
         reference: the real examples: a folder or .npz of pictures, or a file of statistics (of make reference,
             pytorch-fid, ADM or EDM); by default the experiment's training data.
         images: measure the pictures of this folder or .npz instead of a run's.
-        texts: CLIP's features of the texts that the pictures of images= were made for, f32[n, 768] in a .npy.
+        texts: the texts that the pictures of images= were made for, a line each in a .txt, read by the text tower in
+            the file of weights=; or CLIP's features of them, f32[n, 768] in a .npy.
         against: an evaluation.jsonl to tell the difference from; refused where the protocols differ.
         sampler: another sampler than the experiment's.
         steps: another number of sampling steps than the experiment's.

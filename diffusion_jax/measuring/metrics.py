@@ -126,7 +126,7 @@ def _vendi(sides: Sides) -> tuple[Estimate, ...]:
 
 def _clip_score(sides: Sides) -> tuple[Estimate, ...]:
     if sides.texts is None:
-        raise InputError("clip_score needs texts=FILE.npy: CLIP's features of the samples' texts, f32[n, 768]")
+        raise InputError("clip_score needs texts=FILE.txt, the samples' texts, or FILE.npy, CLIP's features of them")
     return (scores.clip_score(_rows(sides.samples), sides.texts),)
 
 

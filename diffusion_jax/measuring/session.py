@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.evaluation.features import open_features
+from diffusion_jax.evaluation.features.clip import clip_texts
 from diffusion_jax.evaluation.results import Protocol, Result
 from diffusion_jax.experiment import Experiment
 from diffusion_jax.measuring import bits, evaluate, models
@@ -138,7 +139,7 @@ def look(session: Session, pictures: Iterable[np.ndarray], what: str, labels: np
 def results(session: Session, told: dict[str, Any], samples: Gathered) -> tuple[list[Result], list[str]]:
     """The results of one set of samples, and warnings."""
     assert session.lens is not None
-    texts = _texts(session.options["texts"], samples.n)
+    texts = _texts(session.options["texts"], samples.n, session.options["weights"])
     return evaluate.results(session.want, session.lens, samples, session.reals, told, texts)
 
 
@@ -204,9 +205,12 @@ def _part(lens: Lens, pictures: PictureSet, n: int, want: Wanted) -> Real:
     return Real(pictures.name, "", len(index), found._replace(labels=labels))
 
 
-def _texts(path: str, n: int) -> np.ndarray | None:
+def _texts(path: str, n: int, weights: str) -> np.ndarray | None:
+    """Features of the texts in a .npy, or of the lines of a .txt by the text tower in the file of the weights."""
     if not path:
         return None
+    if path.endswith(".txt"):
+        return clip_texts(weights, _lines(path, n))
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -214,6 +218,16 @@ def _texts(path: str, n: int) -> np.ndarray | None:
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or len(rows) < n:
         raise InputError(f"texts={path}: features of {n} texts are needed, f32[n, 768]")
     return rows[:n]
+
+
+def _lines(path: str, n: int) -> list[str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"texts={path} cannot be read ({error})") from None
+    if len(lines) < n:
+        raise InputError(f"texts={path} has {len(lines)} lines, and {n} pictures need one each")
+    return lines[:n]
 
 
 def _watched(pictures: Iterable[np.ndarray], n: int, what: str) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,20 @@ from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import TOKENS, write_tokenizer
+
 from diffusion_jax.evaluation.features import clip, dinov2, inception, net
 from diffusion_jax.evaluation.features.resize import resize
 from diffusion_jax.nets import count
-from diffusion_jax.nets.clip import clip_vision
+from diffusion_jax.nets.clip import clip_text, clip_vision
 from diffusion_jax.typing import InputError
 from diffusion_jax.weights import torch_files
 from diffusion_jax.weights.inception import to_torch
@@ -214,6 +219,25 @@ def test_the_whole_clip_is_read_too(tmp_path):
     params = clip.clip_features("tiny", tiny_tower(), 28, "cmmd").load(tmp_path / "pytorch_model.bin").params
     reference = model.state_dict()["vision_model.encoder.layers.1.mlp.fc1.weight"].numpy()
     np.testing.assert_array_equal(params["vision_model"]["encoder"]["layers"]["1"]["mlp"]["fc1"]["kernel"], reference.T)
+
+
+def test_texts_equal_in_a_file_of_the_whole_clip(tmp_path):
+    """Ids by our tokenizer from the folder's files, embeddings by the text tower; the pictures' tower is left out."""
+    write_tokenizer(tmp_path)
+    words = len(TOKENS)
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "projection_dim": 12, "vocab_size": words, "eos_token_id": words - 1}  # fmt: skip
+    model = shaken(CLIPModel(CLIPConfig(text_config=text, vision_config=TINY_CLIP, projection_dim=12)))
+    model.save_pretrained(tmp_path)
+    texts = ["a red apple", "", "two words"]
+    tower = clip_text(width=16, depth=2, heads=2, mlp=24, vocab=words, n_out=12, eos=words - 1)
+    found = clip.clip_texts(tmp_path, texts, encoder=tower)
+    ids = CLIPTokenizer.from_pretrained(str(tmp_path))(texts, padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        reference = model.get_text_features(input_ids=ids["input_ids"])
+    reference = getattr(reference, "pooler_output", reference).numpy()
+    assert reference.std() > 0.05
+    np.testing.assert_allclose(found, reference, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [224, 336])
