@@ -40,6 +40,11 @@ REACH = {
     "EDM DDPM++ train, memory": ("GiB", 24),
     "DiT-XL/2 train, memory": ("GiB", 80),
     "EDM2-XXL train, memory": ("GiB", 80),
+    "SD 1.5, batch 1": ("s", "0.8 of PyTorch's"),
+    "SD 1.5, batch 8": ("s", "0.8 of PyTorch's"),
+    "SD 1.5, batch 1, memory": ("GiB", 16),
+    "SD 1.5 first picture, cold": ("s", "none"),
+    "SD 1.5 first picture, warm": ("s", 20),
 }
 
 
@@ -149,6 +154,65 @@ def our_draw(experiment, steps: int):
     draw, keys = jax.jit(make_draw(experiment, steps=steps)), example_keys(0, 0, experiment.batch)
     labels = None if experiment.null is None else jax.numpy.zeros(experiment.batch, jax.numpy.int32)
     return lambda: draw(params, keys, labels)
+
+
+def our_diffusion(batch: int, folder: str | None = None):
+    """() -> pictures: Stable Diffusion 1.5 from token ids to bytes, one program; weights of a folder or random ones."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_jax import ddim, leading
+    from diffusion_jax.systems import stable_diffusion as sd
+    from diffusion_jax.training.data import to_uint8
+
+    model, params = random_diffusion() if folder is None else read_diffusion(folder)
+    side, steps = SD[toy()]
+    key, text = jax.random.key(0), (1, 1, 77)
+    prompts = [
+        sd.Prompt({"text_encoder": jax.random.randint(k, text, 0, 49407)}, {"text_encoder": jnp.ones(text)})
+        for k in jax.random.split(key)
+    ]
+    noise = jax.random.normal(key, (batch, side // 8, side // 8, 4))
+    request = sd.Request(*prompts, jnp.float32(7.5), leading(steps, 1000, 1), noise)
+
+    @jax.jit
+    def draw(params, request):
+        return to_uint8(sd.text_to_image(model, params, key, request, ddim(model.schedule)))
+
+    return lambda: draw(params, request)
+
+
+def random_diffusion():
+    """(model, parameters) of Stable Diffusion 1.5's shape, narrow at toy size, kernels in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_jax import from_betas, scaled_linear_betas
+    from diffusion_jax.nets import clip_text, kl_autoencoder, text_unet
+    from diffusion_jax.systems import stable_diffusion as sd
+    from diffusion_jax.systems.tuning import halved
+
+    kind = jnp.float32 if toy() else jnp.bfloat16
+    unet, vae, text = ({}, {}, {}) if not toy() else SD_SMALL
+    model = sd.Model(
+        texts={"text_encoder": clip_text(**text, dtype=kind)}, unet=text_unet(**unet, dtype=kind),
+        vae=kl_autoencoder(**vae, dtype=kind), schedule=from_betas(scaled_linear_betas(1000, 0.00085, 0.012)),
+    )  # fmt: skip
+    nets = {"unet": model.unet, "vae": model.vae, **model.texts}
+    made = jax.jit(lambda key: {name: halved(net.init(key), kind) for name, net in nets.items()})
+    return model, made(jax.random.key(0))
+
+
+def read_diffusion(folder: str):
+    """(model, parameters) as `make generate` has them."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_jax.generating.loading import load_model, read_files
+
+    options = {"embedding": (), "tokenizer": "", "tile": 0}
+    loaded = load_model(read_files(folder), jnp.float32 if toy() else jnp.bfloat16, options)
+    return loaded.model, jax.device_put(loaded.params)
 
 
 def parameters(experiment) -> int:
@@ -352,12 +416,69 @@ def memory_edm2() -> None:
     )
 
 
+def sd_draw(batch: int) -> None:
+    """Seconds a picture, and memory, of text to picture: 512 x 512 pixels, 50 steps of DDIM under guidance."""
+    import jax
+
+    them, (side, steps) = peers(), SD[toy()]
+    more = dtype() | {"batch": batch, "size": side, "steps": steps}
+    with tempfile.TemporaryDirectory() as folder:
+        functions = {}
+        if them is not None:
+            pipe = them.diffusion(toy())
+            pipe.save_pretrained(folder)
+            functions["torch"] = theirs(them.diffusion_draw(pipe, batch, side, steps))
+        functions["ours"] = ours(our_diffusion(batch, folder if functions else None))
+        for who, seconds in alternating(functions, 1 if toy() else 5, 1).items():
+            line(f"SD 1.5, batch {batch}", who, seconds / batch, "s", **more)
+    used = {"ours": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+    if them is not None:
+        used["torch"] = them.most_memory()
+    for who, held in used.items():
+        line(f"SD 1.5, batch {batch}, memory", who, held and held / 2**30, "GiB", **more)
+
+
+def sd_1() -> None:
+    sd_draw(1)
+
+
+def sd_8() -> None:
+    sd_draw(2 if toy() else 8)
+
+
+def sd_first() -> None:
+    """From parameters on the device to the first picture, in a process of its own."""
+    from startup import seconds
+
+    with tempfile.TemporaryDirectory() as cache:
+        for temperature in ("cold", "warm"):
+            took = seconds(FIRST_PICTURE, JAX_COMPILATION_CACHE_DIR=cache, PYTHONPATH=str(Path(__file__).parent))
+            line(f"SD 1.5 first picture, {temperature}", "ours", took, "s", batch=1, **dtype())
+
+
+FIRST_PICTURE = """
+import time, jax
+from diffusion_jax.__main__ import _set_up_jax
+from gpu import our_diffusion
+_set_up_jax()
+run = our_diffusion(1)
+start = time.perf_counter()
+jax.block_until_ready(run())
+print(time.perf_counter() - start)
+"""
+SD = {False: (512, 50), True: (64, 2)}
+"""Pixels a side and steps."""
+SD_SMALL = (
+    {"widths": (32, 64, 64, 64), "tokens": 64, "groups": 32}, {"widths": (32,) * 4, "groups": 32},
+    {"width": 64, "mlp": 256, "heads": 1},
+)  # fmt: skip
+"""U-Net, autoencoder and text encoder at toy size, as in benchmarks/sd_full_size.py."""
 SMALL = {"width": 64, "depth": 2, "heads": 2}
 """A transformer at toy size."""
 ROUNDS = {False: (5, 10), True: (1, 1)}
 PIECES = (
     edm_train, edm_sample, ddpm_train, dit_xl2_train, dit_b2_train, dit_call, first_step, loop, drawing, memory_edm,
-    memory_dit, memory_edm2,
+    memory_dit, memory_edm2, sd_1, sd_8, sd_first,
 )  # fmt: skip
 
 
@@ -396,7 +517,8 @@ def table(folder: Path) -> str:
         mine, peer = (found.get(work, {}).get(who, {}).get("value") for who in ("ours", "torch"))
         ratio = "" if not (mine and peer) else f"{peer / mine if unit in ('ms', 's') else mine / peer:.2f}"
         shown = ["open" if mine is None else f"{mine:,.4g}", "" if peer is None else f"{peer:,.4g}"]
-        rows.append(f"| {work} | {unit} | {shown[0]} | {shown[1]} | {ratio} | {reach:,} |")
+        aim = reach if isinstance(reach, str) else f"{reach:,}"
+        rows.append(f"| {work} | {unit} | {shown[0]} | {shown[1]} | {ratio} | {aim} |")
     return "\n".join(rows)
 
 

@@ -5,6 +5,7 @@ checked by the caller to have as many parameters as ours.
 """
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -244,3 +245,39 @@ def ddpm_net(width=128):
         norm_eps=1e-6,
         dropout=0.1,
     )
+
+
+def diffusion(toy):
+    """diffusers' pipeline of Stable Diffusion 1.5 with random weights, narrow at toy size."""
+    from sd_full_size import pipeline
+
+    return pipeline(toy, seed=0)
+
+
+def diffusion_draw(pipe, batch, size, steps):
+    """() -> pictures: the pipeline in bfloat16, channels last, its U-Net and decoder compiled with CUDA graphs.
+
+    PEER_COMPILE=max-autotune takes minutes more to compile, and is the fastest that torch.compile has.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    if CUDA:
+        pipe.to(DEVICE, torch.bfloat16)
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+        mode = os.environ.get("PEER_COMPILE", "reduce-overhead")
+        pipe.unet = torch.compile(pipe.unet, mode=mode, fullgraph=True)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, fullgraph=True)
+
+    def draw():
+        with torch.no_grad():
+            return pipe(
+                "a lighthouse", negative_prompt="blurry", num_images_per_prompt=batch, num_inference_steps=steps,
+                guidance_scale=7.5, height=size, width=size, output_type="pt",
+            ).images  # fmt: skip
+
+    return draw
+
+
+def most_memory():
+    """Bytes on the device at most, or None where it does not say."""
+    return torch.cuda.max_memory_allocated() if CUDA else None
