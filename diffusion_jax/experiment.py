@@ -48,7 +48,7 @@ class Experiment:
     number of updates made, which is absent where it judges. flow_map: turns the denoiser of a model of two times into
     its flow map; samples then are jumps of that along `times`, unless another sampler is asked for.
     read_texts: texts -> a condition that leads with [n], for what is conditioned on texts; `texts` are drawn in grids.
-    drawing: (params, keys: [b], labels) -> f32[b *d], what is shown and drawn in place of samples, of an autoencoder say.
+    drawing: (params, keys: [b], labels) -> f32[b *d], what is shown and drawn in place of samples, as of autoencoders.
     export: (averaged params, folder of the run) -> None, writes the result at the end as files that others read.
     evaluate: (draw) -> named numbers at the end of training, with draw(labels i32[n], seed) -> the decoded examples.
     """

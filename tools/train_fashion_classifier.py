@@ -41,8 +41,11 @@ class Cycle(NamedTuple):
 
 
 CYCLES = (
-    Cycle(7, 128, 3e-3, 1, False), Cycle(3, 64, 1e-3, 0, True), Cycle(6, 64, 1e-3, 1, True), Cycle(9, 64, 1e-3, 1, True),
-)  # fmt: skip
+    Cycle(7, 128, 3e-3, 1, False),
+    Cycle(3, 64, 1e-3, 0, True),
+    Cycle(6, 64, 1e-3, 1, True),
+    Cycle(9, 64, 1e-3, 1, True),
+)
 
 
 def moved(key, x, move):

@@ -19,7 +19,7 @@ from diffusion_jax.typing import Array, InputError, Params
 
 
 class FirstStage(NamedTuple):
-    """encode: (params, x) -> (mean, logvar); decode: (params, z) -> x; the data it was trained on; a picture's shape."""
+    """encode: (params, x) -> (mean, logvar); decode: (params, z) -> x; its data; the shape of x."""
 
     encode: Callable[[Params, Array], Any]
     decode: Callable[[Params, Array], Array]

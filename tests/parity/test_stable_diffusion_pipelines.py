@@ -17,12 +17,12 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tiny_models import CONTROLNET, SCHEDULER, TEXT, TEXT_2, UNET, UNETS, VAE, write_tokenizer  # noqa: E402
+from tiny_models import CONTROLNET, SCHEDULER, TEXT, TEXT_2, UNET, UNETS, VAE, write_tokenizer
 
-from diffusion_jax import ddim, normal_like  # noqa: E402
-from diffusion_jax.generating.loading import load_model, read_files, with_parts  # noqa: E402
-from diffusion_jax.generating.prompts import read_prompts, with_sizes  # noqa: E402
-from diffusion_jax.systems import stable_diffusion as sd  # noqa: E402
+from diffusion_jax import ddim, normal_like
+from diffusion_jax.generating.loading import load_model, read_files, with_parts
+from diffusion_jax.generating.prompts import read_prompts, with_sizes
+from diffusion_jax.systems import stable_diffusion as sd
 
 torch.set_num_threads(1)
 STEPS, GUIDANCE, SIZE = 50, 5.0, (16, 24)
