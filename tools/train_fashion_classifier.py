@@ -3,8 +3,8 @@
     python tools/train_fashion_classifier.py [OUT.npz]          about an hour on two cores
 
 AdamW in four cycles of the learning rate: first the convolutions under a mean over the places, on pictures moved by up
-to a pixel at random; then all layers, on the pictures as they are; then all on moved ones, twice. What a cycle came to stays
-beside OUT, so that the script goes on behind it.
+to a pixel at random; then all layers, on the pictures as they are; then all on moved ones, twice. What a cycle came to
+stays beside OUT, so that the script goes on behind it.
 Two customs are left out on purpose, since they would blind the features: mirroring (a shoe that points the other way
 is a wrong sample), and smoothed labels (they erase how examples of a class differ: Mueller et al. 2019,
 arXiv:1906.02629). Prints the accuracy on the real test set, and the sha256 that the code is to know.
