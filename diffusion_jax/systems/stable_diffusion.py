@@ -33,7 +33,7 @@ from diffusion_jax.forward import q_sample
 from diffusion_jax.guidance import classifier_free, two_conditions
 from diffusion_jax.nets.autoencoder import Autoencoder
 from diffusion_jax.nets.clip import TextEncoder
-from diffusion_jax.ops import fold, normal_like
+from diffusion_jax.ops import fold, is_concrete, normal_like
 from diffusion_jax.predictions import Predicts
 from diffusion_jax.samplers import sample, skipping
 from diffusion_jax.text.prompts import weighted
@@ -173,7 +173,7 @@ def edit(
     denoiser = _denoiser(model, params, None)
     nothing = {**null, "image": jnp.zeros_like(seen)}
     guided = two_conditions(denoiser, null, nothing, request.guidance, image_guidance)
-    z = sample(key, skipping(sampler), guided, request.noise, request.times, cond)
+    z = sample(key, skipping(sampler), guided, request.noise, _falling(request.times), cond)
     return decode(model, params, z)
 
 
@@ -188,7 +188,7 @@ def latents(
     cond, null = conditions(model, params, request, {} if more is None else more)
     denoiser = _denoiser(model, params, control)
     guided = classifier_free(denoiser, null, request.guidance)
-    return sample(key, skipping(sampler), guided, start, request.times, cond)
+    return sample(key, skipping(sampler), guided, start, _falling(request.times), cond)
 
 
 def conditions(model: Model, params: Params, request: Request, more: Mapping[str, Array]) -> tuple[dict, dict]:
@@ -269,10 +269,19 @@ def from_strength(times: np.ndarray, strength: float) -> np.ndarray:
     InputError unless 0 < strength <= 1 leaves a step.
     """
     n = len(times) - 1
-    left = min(int(n * strength), n)
-    if not 0 < strength <= 1 or left < 1:
+    left = int(n * strength) if 0 < strength <= 1 else 0
+    if left < 1:
         raise InputError(f"strength={strength} leaves none of {n} steps: it is above 0, up to 1, and n strength >= 1")
     return times[n - left :]
+
+
+def _falling(times: Array) -> Array:
+    """Without what fills them up, where their values are known: `sample` then checks that times fall."""
+    if not is_concrete(times):
+        return times
+    known = np.asarray(times)
+    steps = np.flatnonzero(np.diff(known))
+    return jnp.asarray(known[: steps[-1] + 2]) if steps.size else times
 
 
 def _for_all(x: Array, request: Request) -> Array:
