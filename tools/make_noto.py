@@ -8,6 +8,7 @@ one sheet without loss, and a list of captions, aliases and categories in its or
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(package: Path) -> None:
             continue
         seen.add(picture.tobytes())
         pictures.append(picture)
-        aliases = [name.replace("_", " ").replace("-", " ") for name in entry["short_names"]]
+        aliases = [re.sub(r"_|(?<=\w)-(?=\w)", " ", name) for name in entry["short_names"]]
         captions.append({"caption": entry["name"].lower(), "aliases": aliases, "category": entry["category"]})
     rows = -(-len(pictures) // COLUMNS)
     sheet = np.full((rows, COLUMNS, SIZE, SIZE, 3), 255, np.uint8)
