@@ -170,9 +170,9 @@ def edit(
     """Equation (7): the image changed as the prompt says; `image_guidance` is how much of it should be kept."""
     seen = _for_all(model.vae.encode(params["vae"], image).mean, request)
     cond, null = conditions(model, params, request, {"image": seen})
-    denoiser = _denoiser(model, params, None)
+    bare = denoiser(model, params)
     nothing = {**null, "image": jnp.zeros_like(seen)}
-    guided = two_conditions(denoiser, null, nothing, request.guidance, image_guidance)
+    guided = two_conditions(bare, null, nothing, request.guidance, image_guidance)
     z = sample(key, skipping(sampler), guided, request.noise, _falling(request.times), cond)
     return decode(model, params, z)
 
@@ -186,8 +186,8 @@ def latents(
     more: further entries of the condition, the same with and without the prompt.
     """
     cond, null = conditions(model, params, request, {} if more is None else more)
-    denoiser = _denoiser(model, params, control)
-    guided = classifier_free(denoiser, null, request.guidance)
+    bare = denoiser(model, params, control)
+    guided = classifier_free(bare, null, request.guidance)
     return sample(key, skipping(sampler), guided, start, _falling(request.times), cond)
 
 
@@ -289,7 +289,7 @@ def _for_all(x: Array, request: Request) -> Array:
     return jnp.broadcast_to(x, (request.noise.shape[0], *x.shape[1:]))
 
 
-def _denoiser(model: Model, params: Params, control: Control | None) -> Denoiser:
+def denoiser(model: Model, params: Params, control: Control | None = None) -> Denoiser:
     """The U-Net, and the ControlNet where there is one, as a denoiser of latents."""
     if control is None:
         net = partial(model.unet.apply, params["unet"])
