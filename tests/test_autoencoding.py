@@ -75,6 +75,7 @@ def same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a, b)
 
 
+@pytest.mark.slow
 def test_each_of_the_two_learns_from_its_own_loss_alone(gradients):
     whole, apart = gradients
     found, (inner, judge) = whole(WEIGHTS.start), apart(WEIGHTS.adversarial)
@@ -103,6 +104,7 @@ def test_balance_is_the_ratio_of_the_gradients_and_has_none():
     assert jax.grad(lambda x: balance(lambda y: jnp.sum(y**2), lambda y: jnp.sum(y**3), x))(x).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_codebook_stands_for_the_gaussian():
     vq = vq_autoencoder(widths=(8, 8), blocks=1, channels=1, latent=2, codes=6)
     net = with_discriminator(vq, JUDGE)

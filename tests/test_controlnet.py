@@ -54,6 +54,7 @@ def test_published_sizes(make, size, more, n):
     assert residuals[0].shape == (2, 9, 8, 320)
 
 
+@pytest.mark.slow
 def test_starts_as_nothing_and_copies_the_way_down(net):
     unet, start = params_like(text_unet(**BOTH).init), controlnet(**BOTH, **OWN).init(KEY)
     own = copied(start, unet)

@@ -105,6 +105,7 @@ def refused(**given):
 # What is drawn --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_picture_says_how_it_was_made_and_that_makes_it_again(draw, tmp_path, quick):
     first = draw(n=3, seed=5, negative="a dog", guidance=3)
     assert len({image.tobytes() for image in first}) == 3
@@ -132,6 +133,7 @@ def test_one_program_draws_whatever_is_asked_for(draw, quick):
     assert sum(program._cache_size() for program in quick.values()) == compiled
 
 
+@pytest.mark.slow
 def test_picture_i_depends_on_the_seed_and_i_alone(draw):
     many = draw("many", n=3)
     np.testing.assert_array_equal(draw("few", n=1), many[:1])
@@ -144,6 +146,7 @@ def test_pictures_drawn_together_are_those_drawn_one_by_one(draw):
     assert np.abs(together.astype(int) - draw("alone", n=3)).max() <= 1  # another program, which rounds otherwise
 
 
+@pytest.mark.slow
 def test_without_a_prompt_and_at_scale_one_the_negative_counts_for_nothing(draw):
     plain = draw("plain", prompt="", negative="")
     np.testing.assert_array_equal(draw("scaled", prompt="", negative="", guidance=1), plain)
@@ -166,6 +169,7 @@ def test_a_file_of_all_weights_is_the_folder(draw, models):
     np.testing.assert_array_equal(one_file, draw("folder"))
 
 
+@pytest.mark.slow
 def test_another_autoencoder(draw, models, tmp_path):
     folder = draw("folder")
     np.testing.assert_array_equal(draw("same", vae=models / "main" / "vae"), folder)
@@ -174,6 +178,7 @@ def test_another_autoencoder(draw, models, tmp_path):
     assert np.any(draw("other", vae=other) != folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
 def test_lora_counts_as_much_as_it_is_told_to(draw, models, tmp_path, naming):
     path = write_lora(tmp_path / "l.safetensors", models, naming)

@@ -73,6 +73,7 @@ def test_pooled_is_the_first_end_of_text_whatever_comes_after(tiny):
     np.testing.assert_allclose(apply(params, IDS.at[:, 4:].set(0)).pooled, pooled, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_earlier_layer_is_that_of_a_shorter_tower(tiny):
     """State -2 of two layers is state -1 of one layer with the same weights, normalized or not; so is -3 the words."""
     _, params = tiny

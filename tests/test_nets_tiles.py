@@ -156,6 +156,7 @@ def test_tiles_that_do_not_fit(tile, overlap):
         tiled(local(), tile, overlap, factor=2)
 
 
+@pytest.mark.slow
 def test_a_model_from_files_takes_the_size_of_its_tiles(tmp_path):
     files = read_files(str(write_model(tmp_path / "model")))
     options = {"embedding": (), "tokenizer": ""}

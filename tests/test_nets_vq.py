@@ -78,6 +78,7 @@ def test_perplexity_counts_the_rows_in_use():
     assert float(perplexity(jnp.array([0, 0, 0, 1]), 8)) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
 
 
+@pytest.mark.slow
 def test_there_and_back_by_parts(tiny):
     ours, params = tiny
     z = jax.jit(ours.encode)({name: params[name] for name in ("encoder", "quant_conv")}, X)
@@ -90,6 +91,7 @@ def test_there_and_back_by_parts(tiny):
         ours.quantize({}, z)
 
 
+@pytest.mark.slow
 def test_starts_with_rows_near_zero():
     rows = codebook(vq_autoencoder(**TINY).init(KEY))
     assert rows.shape == (12, 3)

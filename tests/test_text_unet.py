@@ -61,6 +61,7 @@ def everything():
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "more", "size", "kinds"),
     [
@@ -145,6 +146,7 @@ def test_guidance_takes_the_absent_condition(everything):
     np.testing.assert_allclose(free, apply(params, x, T), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tokens_have_no_order_and_masked_ones_do_not_count(everything):
     apply, params, x = everything
     cond, order = conditions(), jnp.array([2, 0, 3, 1])
@@ -175,6 +177,7 @@ def test_levels_that_only_look_at_tokens():
     assert count(jax.eval_shape(plain.init, KEY)) - count(params) == 3 * 2 * 8 * (8 - 6)
 
 
+@pytest.mark.slow
 def test_projections_may_be_matrices_or_convolutions(everything):
     apply, params, x = everything
     state = to_diffusers(params)
