@@ -7,6 +7,7 @@
 Pictures become latents of a quarter of their size a side, a little of which is lost to a Gaussian of small variance; a
 discriminator sees to it that what comes back is sharp, and its features say what is alike. samples.png shows held-out
 pictures with what comes back of them at their right, and the last line of metrics.jsonl the error over held-out ones.
+Data: Noto Emoji, which ship with the project; Fashion-MNIST by tensorflow-datasets; or a folder of pictures.
 Cost: see docs/latent-diffusion.md.
 """
 

@@ -8,7 +8,8 @@
 A U-Net on the latents of 1,636 Noto Emoji, which ship with the project, looks by cross-attention at the token states of
 all-MiniLM-L6-v2, a frozen sentence encoder, so that texts that were never seen mean something to it. Each picture goes
 by its caption and its shorter names; one in ten is drawn without a text, for guidance. v-prediction, cosine schedule.
-Latents are encoded once, beside the autoencoder. Cost and what comes out: docs/latent-diffusion.md.
+Data: the pictures ship with the project; latents are encoded once, beside the autoencoder.
+Cost and what comes out: docs/latent-diffusion.md.
 """
 
 import functools

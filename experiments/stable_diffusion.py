@@ -10,6 +10,7 @@ Latents and texts are encoded once. A LoRA (Hu et al. 2021) comes out as lora.sa
 names; a whole U-Net as the folder unet/, to be put in place of the model's. `kind` keeps what the network knows of the
 subject's kind: its pictures, which the model itself may have drawn, are trained on beside those of the subject (Ruiz et
 al. 2023, arXiv:2208.12242, section 3.2). Works for models of one text encoder, Stable Diffusion 1 and 2.
+Data: a folder of pictures; one will do to see that it works, five to twenty for a subject.
 Loss: that of the model's own training, eps or v. Cost: not measured on an accelerator yet; `make plan` reckons it.
 """
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import write_model
 
 from diffusion_jax.__main__ import find_run, main, run_name
 from diffusion_jax.arguments import Count, closest, describe, resolve, split_arguments
@@ -512,8 +513,10 @@ def test_a_shortage_of_memory_is_explained(capsys, monkeypatch, command):
 
 
 def arguments_of(name, tmp_path):
-    if name != "folder":
+    if name not in ("folder", "stable_diffusion"):
         return {}
+    if name == "stable_diffusion":
+        return {"path": str(tmp_path), "model": str(write_model(tmp_path / "model"))}
     for kind in ("cats", "dogs"):
         (tmp_path / kind).mkdir()
         for i in range(2):
@@ -533,7 +536,7 @@ def test_every_experiment_says_how_it_is_run(name, tmp_path):
     experiment = made(**arguments_of(name, tmp_path))
     assert isinstance(experiment, Experiment)
     explained = describe(made, name)
-    assert all(f"{argument}=" in explained for argument in ("width", "steps", "batch", "learning_rate", "seed"))
+    assert all(f"{argument}=" in explained for argument in ("steps", "batch", "learning_rate", "seed"))
 
 
 def test_cifar10_has_the_papers_network():

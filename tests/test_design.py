@@ -27,7 +27,7 @@ ROOMS = {  # room -> what it may import of this package beside itself; a room no
     "training": CORE | {"experiment"},
     "evaluation": CORE | {"nets", "text", "weights"},
     "planning": CORE | {"arguments", "experiment", "training"},
-    "generating": CORE | {"_version", "arguments", "nets", "systems", "text", "training", "weights"},
+    "generating": CORE | {"_version", "arguments", "experiment", "nets", "systems", "text", "training", "weights"},
     "measuring": CORE | {"arguments", "experiment", "training", "evaluation"},
 }
 HEAVY = {"flax", "optax", "orbax"}

@@ -53,8 +53,9 @@ def minilm(*, dtype: layers.DType = jnp.float32) -> Net:
 def sentence(states: Array, mask: Array) -> Array:
     """Equation (3): token states f32[b, n, d] and mask bool[b, n] -> f32[b, d] of length 1.
 
-    >>> sentence(jnp.asarray([[[3.0, 4.0], [9.0, 9.0]]]), jnp.asarray([[True, False]])).round(1).tolist()
-    [[0.6, 0.8]]
+    >>> s = sentence(jnp.asarray([[[3.0, 4.0], [9.0, 9.0]]]), jnp.asarray([[True, False]]))
+    >>> [round(float(value), 4) for value in s[0]]
+    [0.6, 0.8]
     """
     there = mask.astype(states.dtype)[:, :, None]
     mean = jnp.sum(states * there, axis=1) / jnp.sum(there, axis=1)

@@ -170,6 +170,9 @@ def _whole(word: str) -> str:
 def _tokenizer(path: Path, bpe: Any, settings: Mapping[str, Any], pad: str | None) -> Tokenizer:
     names = [settings.get("bos_token", BOS), settings.get("eos_token", EOS)]
     names.append(pad or settings.get("pad_token", names[1]))
+    strange = next((name for name in names if not isinstance(name, str)), None)
+    if strange is not None:
+        raise InputError(f"the tokenizer in {path} is damaged: {str(strange)[:40]!r} is no token")
     numbers = [bpe.token_to_id(name) for name in names]
     if None in numbers:
         raise InputError(f"the tokenizer in {path} has no token {names[numbers.index(None)]!r}")
