@@ -84,6 +84,7 @@ def test_each_of_the_two_learns_from_its_own_loss_alone(gradients):
     assert all(np.any(leaf) for part in ("convs", "norms") for leaf in jax.tree.leaves(judge[part]))
 
 
+@pytest.mark.slow
 def test_before_its_start_the_discriminator_learns_and_is_not_obeyed(gradients):
     whole, apart = gradients
     found, (inner, judge) = whole(WEIGHTS.start - 1), apart(0.0)

@@ -429,6 +429,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(trained_toy, tmp_path):
     assert steps_saved(tmp_path / "toy" / "r")[-1] == 30
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_metrics_are_written(capfd, tmp_path, monkeypatch):
     whole = records.write_line
 
@@ -462,6 +463,7 @@ def test_a_truncated_checkpoint_is_passed_over_in_one_line(trained_toy, tmp_path
     assert steps_saved(tmp_path / "toy" / "r") == [5, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_data_is_loaded(tmp_path, number):
     """Nothing to save yet: it leaves at once, in one line."""

@@ -30,6 +30,7 @@ def small(monkeypatch):
 # --- exact answers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["vp_linear", "edm"])
 def test_the_quantile_map_is_the_probability_flow(problem):
     """It composes, keeps the law, agrees with a Gaussian's flow, and moves with the velocity of the exact denoiser."""
@@ -98,6 +99,7 @@ def probes():
     return {"1-D": samplers.make_probe(samplers.LINE), "64-D": samplers.make_probe(samplers.space())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", ["1-D", "64-D"])
 def test_p_values_of_exact_draws_are_uniform(dimension, probes):
     """Of 50 sets of 500, each test has p < 0.1 in at most 12 (chance 0.001)."""
@@ -194,6 +196,7 @@ MISSING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", MISSING)
 def test_a_wrong_sampler_is_reported(wrong, small):
     entry, what = MISSING[wrong]
@@ -222,6 +225,7 @@ def results(misses):
     return {"samplers": [row, broken], "floor": {"1-D": law}, "likelihood": [other], "posterior": [other]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("misses", [[], ["order on mixture 1.5, not 2"]])
 def test_the_command_writes_a_page_and_says_what_is_missing(misses, tmp_path, monkeypatch, capsys):
     captions = dict.fromkeys(gallery.TITLES, "words")

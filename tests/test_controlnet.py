@@ -33,6 +33,7 @@ def net():
     return jax.jit(control.apply), params_like(control.init)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "size", "more", "n"),
     [
@@ -64,6 +65,7 @@ def test_starts_as_nothing_and_copies_the_way_down(net):
     assert own["controlnet_mid_block"] is start["controlnet_mid_block"]
 
 
+@pytest.mark.slow
 def test_residuals_scale_for_each_example_and_depend_on_the_picture(net):
     apply, params = net
     full, other = apply(params, X, T, COND), apply(params, X, T, COND | {"image": 1 - PICTURE})

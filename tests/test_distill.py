@@ -346,6 +346,7 @@ def given(law, schedule, x, t, n=12):
     return jnp.asarray(x0), jnp.asarray((x - alpha * x0) / sigma), jnp.asarray(w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("robust", ["pseudo_huber", "adaptive", "normalized"])
 def test_weights_by_the_error_move_the_minimum_unless_the_data_is_symmetric(robust, x64):
     """At the exact answer, given x_t: no gradient with squared errors, nor for one Gaussian; some for two."""

@@ -79,6 +79,7 @@ def test_distribution_matching_has_the_gradient_of_kl(schedule, x64):
         np.testing.assert_allclose(matched(params, own), jax.grad(divergence)(params), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_distribution_matching_has_the_published_gradient_and_value(x64):
     """(x0_fake - x0_real) / mean |x - x0_real|, per dimension, and it does not depend on the denoisers' derivatives."""
     sch = dj.cosine(0.0)
@@ -146,6 +147,7 @@ def test_a_consistency_model_is_the_identity_at_the_data(schedule, x64):
         np.testing.assert_allclose(model(x, t).x0, skip * y + out * inner, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_average_velocities_as_maps_and_denoisers(x64):
     """The exact average velocity jumps to where the flow goes and holds the exact denoiser."""
     sch = dj.cosine(0.0)
@@ -265,6 +267,7 @@ def all_losses(sch, params, x0, t, s, eps):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2,), (5, 2), (3, 3, 1), (2, 3, 3, 1)])
 @pytest.mark.parametrize("enabled", [False, True])

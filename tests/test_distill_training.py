@@ -273,6 +273,7 @@ def test_progressive_halving_keeps_the_teachers_map(name, target, x64):
 # --- reflow -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reflow_of_a_gaussian_is_straight(x64):
     """Lines of pairs do not cross: the right student has no loss at any t, and one Euler step is the teacher's flow."""
     schedule, eps = dj.rectified(), jnp.asarray(np.random.default_rng(0).standard_normal((64, 1)))
@@ -311,6 +312,7 @@ def test_couplings_cost_less_than_independence_and_keep_the_law():
     assert reflow < 0.7 * independent and transport < 0.7 * independent
 
 
+@pytest.mark.slow
 def test_reflow_pairs_converge_with_the_solver(x64):
     """Pairs of a numerical teacher approach the exact ones with its order, 2 for Heun."""
     schedule, eps = dj.rectified(), jnp.asarray([[-1.0], [0.5], [2.0]])

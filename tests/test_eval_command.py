@@ -75,6 +75,7 @@ def test_a_run_is_measured_with_its_floor_and_protocol(command, trained):
     assert any("40 examples give a singular covariance of 64 features" in line for line in said)
 
 
+@pytest.mark.slow
 def test_pictures_measure_like_the_run_that_drew_them(command, tmp_path):
     command("sample", "n=40", "format=npz", f"out={tmp_path}")
     command("eval", *SMALL, f"images={tmp_path / 'images.npz'}", f"out={tmp_path / 'a.jsonl'}")

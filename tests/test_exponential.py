@@ -188,6 +188,7 @@ def evaluate(samplers, times, x, schedule=VP):
 X = np.array([0.3, -1.0, 1.1, 2.2])
 
 
+@pytest.mark.slow
 def test_published_single_step_algorithms(x64):
     """One step of DPM-Solver-2 and -3 (algorithms 1 and 2) and of DPM-Solver++(2S) (algorithm 1), also "exact"."""
     t, s, r, r1, r2 = 0.7, 0.45, 0.4, 1 / 3, 2 / 3

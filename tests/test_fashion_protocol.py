@@ -81,6 +81,7 @@ def test_features_are_those_of_an_implementation_by_loops(params, blobs):
     assert seen.looks[0] == np.argmax(expected @ np.asarray(params["linear"]["kernel"], float))
 
 
+@pytest.mark.slow
 def test_weights_are_taken_from_the_file_that_ships_only(tmp_path, params):
     from diffusion_jax.weights import trees
 

@@ -63,6 +63,7 @@ if done < 2:
     assert json.loads((tmp_path / "pieces" / "slow.json").read_text())["bouts"] == 3
 
 
+@pytest.mark.slow
 def test_the_script_stops_after_so_many_seconds_and_says_that_there_is_more(tmp_path):
     assert script.drive([piece("a", ""), piece("b", "import time; time.sleep(60)")], tmp_path, 2.5) == script.MORE
     assert (tmp_path / "pieces" / "a.json").exists()

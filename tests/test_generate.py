@@ -125,6 +125,7 @@ def test_a_picture_says_how_it_was_made_and_that_makes_it_again(draw, models, tm
     assert pixels(tmp_path / "out" / "sheet.png").shape[2] == 3
 
 
+@pytest.mark.slow
 def test_one_program_draws_whatever_is_asked_for(draw, quick):
     """Seeds, scales, prompts and numbers of steps up to the same bucket."""
     base, compiled = draw("a"), sum(program._cache_size() for program in quick.values())
@@ -496,6 +497,7 @@ def test_not_enough_memory_is_one_line_that_says_what_helps(models, monkeypatch,
     assert "batch=1" in line
 
 
+@pytest.mark.slow
 def test_the_command_line_says_in_one_line_what_is_wrong(models, tmp_path):
     words = ["generate", f"model={models / 'main'}", "prompt=a cat", "size=500x500", f"out={tmp_path / 'out'}"]
     done = subprocess.run(

@@ -182,6 +182,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_neutral_scale_runs_one_model(name):
     """Counted while it runs, with one compilation for all scales; and it is then exactly that model."""

@@ -108,6 +108,7 @@ def test_exact_for_gaussian_data(method, x64):
         np.testing.assert_allclose(guided, exact, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_is_exact_for_a_gaussian_is_not_for_others(x64):
     """Pi-GDM and TMPD for correlated data, MMPS for two components: the errors that the conformance table shows."""
     schedule, t, _ = SCHEDULES["vp_linear"]
@@ -326,6 +327,7 @@ SAMPLERS = {  # and what they are without a measurement
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["rectified", "edm"])
 def test_without_a_measurement_nothing_changes(schedule):
     """Every denoiser is the plain one; every sampler the one named, with the key that it hands on."""
@@ -413,6 +415,7 @@ def test_measurements_without_noise_are_kept(name):
         assert float(jnp.abs(z - x0).max()) > 0.05, f"{label}: the rest is its own"
 
 
+@pytest.mark.slow
 def test_known_pixels_are_those_of_y_bit_by_bit():
     """RePaint and replacement; the hidden pixels of y do not matter, and a mask may be traced."""
     schedule, times = dj.vp_linear(), jnp.linspace(1.0, 0.0, 4)

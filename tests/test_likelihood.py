@@ -160,6 +160,7 @@ def test_flow_of_any_denoiser_is_a_density(x64):
     np.testing.assert_allclose(np.trapezoid(p, x), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_flow_depends_on_the_schedule_by_its_angles_alone(x64):
     x, mixture, values = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2))), law(2), []
     angle = np.linspace(np.pi / 2, 0, 13)
@@ -337,6 +338,7 @@ def gaussian_bound(l_T, l_0, x, v):
     return 0.5 * np.exp(l_T) * (x**2).sum(1) + integral + end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp_linear", "edm"])
 def test_terms_of_gaussian_data_are_the_closed_form(name, x64):
     """Eq. (5): (SNR_s / SNR_t - 1) / 2 E|eps_hat - eps|^2; with random frames, which have no error here."""
@@ -425,6 +427,7 @@ def digital():
     return np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 100, 130, 255]) / 127.5 - 1
 
 
+@pytest.mark.slow
 def test_bound_of_8_bit_data_tends_to_its_probability(x64):
     """With the discretised decoder the bound is on -log P, and its gap halves with the steps."""
     schedule, (p, levels) = dj.cosine(0.0), digital()
@@ -470,6 +473,7 @@ def vdm_moments(eta):
     return w_t @ values @ w_eps, w_t @ values**2 @ w_eps
 
 
+@pytest.mark.slow
 def test_continuous_bound_does_not_depend_on_the_schedule_and_trains_its_variance(x64):
     """Between equal ends: the same value, no gradient; but one of the variance, and a step along it lowers it."""
     means, squares = zip(*(vdm_moments(jnp.asarray(eta)) for eta in (-0.8, 0.0, 0.5)), strict=True)
@@ -523,6 +527,7 @@ def test_immse_is_exact_point_by_point_and_second_order_in_its_ends(x64):
     assert np.log2(errors[0.05] / errors[0.025]) == pytest.approx(4, abs=0.3)  # of second order in sigma^2
 
 
+@pytest.mark.slow
 def test_importance_sampled_immse_is_unbiased(x64):
     """Over n = 400 stratified draws of 4 levels, against (6) and (4) in closed form; frames have no error here."""
     schedule, v = dj.vp_linear(), np.array([0.2, 0.7])

@@ -486,6 +486,7 @@ def test_gradient_of_the_bound_reaches_only_the_variance():
     assert abs(float(of_bound["eps"])) > 1e-3  # there was something to stop
 
 
+@pytest.mark.slow
 def test_learned_variance_finds_the_true_one():
     """For Gaussian data and the exact mean, the fraction that minimises the bound is that of Var(x_s | x_t)."""
     variance, n, index = 0.3, 20_000, 8
@@ -508,6 +509,7 @@ def test_learned_variance_finds_the_true_one():
     assert found.x == pytest.approx(exact, abs=0.05)
 
 
+@pytest.mark.slow
 def test_total_bound_is_above_the_entropy_and_near_it():
     """Data: a Gaussian rounded to 8 bits, whose entropy is a sum. 1000 steps, exact denoiser and variance.
 

@@ -191,6 +191,7 @@ def test_some_of_a_set_are_different_and_always_the_same():
 # Evaluations ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "calls"), [("ddim", 6), ("heun", 11), ("dpmpp_2m", 6), ("unipc", 6), ("ddpm", 6)])
 def test_evaluations_are_counted_with_guidance(name, calls):
     experiment = toy.experiment()

@@ -83,6 +83,7 @@ def test_starts_at_zero(network):
     assert not np.any(apply(start, X, T))
 
 
+@pytest.mark.slow
 def test_labels(network):
     """No label is None, and is the network that was never given one."""
     _, apply, params = network
@@ -163,6 +164,7 @@ def test_image_and_vector_conditions():
     assert changed[1] > 1e-3 and max(changed[0], changed[2]) < 1e-5
 
 
+@pytest.mark.slow
 def test_log_prob_is_that_of_the_labels(judge):
     net, apply, params = judge
     judged = quick(log_prob(net, params))
@@ -177,6 +179,7 @@ def test_log_prob_is_that_of_the_labels(judge):
     assert mixed[2] == 0
 
 
+@pytest.mark.slow
 def test_guides(judge):
     """Inside `guidance.classifier`: eps moves by -sigma times the slope of log p, measured along a direction."""
     net, _, params = judge

@@ -48,6 +48,7 @@ def test_each_half_needs_only_its_own_parameters(tiny):
         autoencoder.decode(left, q.mean)
 
 
+@pytest.mark.slow
 def test_computing_in_bfloat16_gives_float32_close_by(tiny):
     params = tiny[1]
     q, half = tiny[0].encode(params, X), jax.jit(kl_autoencoder(**TINY, dtype=jnp.bfloat16).encode)(params, X)
@@ -56,6 +57,7 @@ def test_computing_in_bfloat16_gives_float32_close_by(tiny):
     assert float(jnp.abs(half.mean - q.mean).max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(tiny, policy):
     params, z = tiny[1], jnp.ones((1, 2, 2, 2))
@@ -90,6 +92,7 @@ def test_latents_have_the_law_of_their_gaussian():
     )
 
 
+@pytest.mark.slow
 def test_the_divergence_is_the_mean_log_ratio():
     q = Gaussian(jnp.full((1, 3), 0.7), jnp.full((1, 3), -0.4))
     z = draw_latent(jax.random.key(0), Gaussian(*(jnp.broadcast_to(m, (200_000, 3)) for m in q)))

@@ -54,6 +54,7 @@ def test_published_sizes(make, size, width, pooled):
     assert (encoder.width, encoder.length) == (width, 77)
 
 
+@pytest.mark.slow
 def test_a_place_sees_what_is_before_it_only(tiny):
     apply, params = tiny
     hidden, other = apply(params, IDS).hidden, apply(params, IDS.at[:, 3].set(5)).hidden
@@ -89,6 +90,7 @@ def test_an_earlier_layer_is_that_of_a_shorter_tower(tiny):
     np.testing.assert_allclose(words, expected)
 
 
+@pytest.mark.slow
 def test_activations_are_what_they_are_called():
     x = jnp.linspace(-3.0, 3.0, 13)
     np.testing.assert_allclose(gelu(x), x * jax.scipy.stats.norm.cdf(x), atol=1e-6)

@@ -166,6 +166,7 @@ def test_weights_start_at_unit_magnitude_and_gains_at_zero(start):
     assert np.mean(kernel**4) == pytest.approx(3, rel=0.1)  # normal, not uniform
 
 
+@pytest.mark.slow
 def test_starts_at_zero(apply, start):
     assert not np.any(apply(start, X, T, LABELS)[..., :2])
 
@@ -207,6 +208,7 @@ def test_gradients_are_orthogonal_to_the_weights(gradients, params):
         assert np.max(np.abs(along) / size) < 2e-3, path
 
 
+@pytest.mark.slow
 def test_gradients_reach_everything_but_the_frequencies(gradients):
     for path, g in gradients["none"].items():
         assert np.any(g) == (not path.endswith(("freqs", "phases"))), path
@@ -236,6 +238,7 @@ def test_examples_are_independent_and_time_and_labels_matter(apply, params):
         assert changed[1] > 1e-2 and np.max(np.delete(changed, 1)) < 1e-5
 
 
+@pytest.mark.slow
 def test_no_label_is_the_network_without_classes(apply, params):
     """Which the paper trains to guide with: for label `classes`, for None, and beside labelled examples."""
     bare = {name: sub for name, sub in params.items() if name != "emb_label"}

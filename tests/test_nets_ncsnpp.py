@@ -182,6 +182,7 @@ def test_starts_at_zero(network):
     assert not np.any(apply(start, X, T, given()))
 
 
+@pytest.mark.slow
 def test_conditions_are_heard_by_their_example_alone(network):
     _, apply, params = network
     out = apply(params, X, T, given())
@@ -216,6 +217,7 @@ def test_dropout(network):
     assert np.max(np.abs(one - two)) > 1e-3 and np.max(np.abs(one - apply(params, X, T, given()))) > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(network):
     """Half precision changes the output by some of its 8 bits, not by its size."""
     _, apply, params = network

@@ -35,6 +35,7 @@ def test_published_size():
     assert jax.eval_shape(ours.decode, params, z).shape == (1, 256, 128, 3)
 
 
+@pytest.mark.slow
 def test_every_place_gets_its_nearest_row():
     distances = np.sum((np.asarray(Z)[..., None, :] - np.asarray(ROWS)) ** 2, axis=-1)
     q = quantized(Z, ROWS)

@@ -86,6 +86,7 @@ def test_with_a_constant_x0_many_steps_equal_one(name, dtype, tolerance):
         assert np.abs(fresh[0] - fresh[1]).max() / unit > 0.1
 
 
+@pytest.mark.slow
 def test_from_no_signal_to_no_noise_and_one_path_per_key():
     """Steps from lambda = -inf and to +inf are finite; example i follows from key i, whatever its batch; bfloat16."""
     schedule, keys = dj.rectified(), jax.random.split(KEY, 3)

@@ -324,6 +324,7 @@ def test_without_averages_the_parameters_are_evaluated():
 # Around an optimizer -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clip_limits_the_norm_of_all_gradients_together():
     grads, optimizer = draw(1), clip(optax.sgd(1.0), 0.5)
     updates = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(grads), grads)[0])(grads)

@@ -306,6 +306,7 @@ class TestPlan:
         rest = result["programs"]["train"]["memory"]["arguments"] - sum(live.values()) - 16 * (64 + 4)
         assert 0 <= rest < 64  # step, key and the number of steps
 
+    @pytest.mark.slow
     def test_the_state_is_donated(self, planned):
         _, result = planned
         memory = result["programs"]["train"]["memory"]

@@ -76,6 +76,7 @@ def test_contracts_and_law(name):
         np.testing.assert_allclose(mixed, np.roll(path[-1], -3, axis=0), atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm_small", "heun", "dpmpp_2m_sde"])
 def test_a_grid_filled_up_with_its_last_time_is_the_shorter_one(name):
     """To the bit, without an evaluation more, in one program for all lengths; also where it ends above 0."""
@@ -104,6 +105,7 @@ def test_a_grid_filled_up_with_its_last_time_is_the_shorter_one(name):
         assert not np.array_equal(plain, shorter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddim", "ddpm_small", "restart_heun"])
 def test_an_example_depends_neither_on_the_size_of_its_batch_nor_on_its_place(name):
     problem = PROBLEMS["cosine"]
@@ -116,6 +118,7 @@ def test_an_example_depends_neither_on_the_size_of_its_batch_nor_on_its_place(na
         np.testing.assert_array_equal(go(keys[pick], x[pick], times), four[pick])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_shapes_and_dtypes(name):
     """Points, audio, images, video; float32 stays so where float64 is enabled; times stay float32 for bfloat16."""
@@ -158,6 +161,7 @@ def test_order_of_convergence(name):
     assert measured_order(errors) == pytest.approx(entry.order, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "problem"),
     [(name, "rectified") for name in ("ddpm_small", "heun", "churn_heun")]

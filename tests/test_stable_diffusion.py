@@ -188,6 +188,7 @@ def test_filling_up_the_times_changes_no_bit(use):
     np.testing.assert_array_equal(draw(use, ddpm), draw(use, ddpm, times=TIMES[:6]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_examples_are_drawn_by_themselves(use):
     same, one, two = prompt([1, 5, 2]), prompt([1, 5, 2], [1, 6, 2]), prompt([1, 2, 2], [1, 3, 2])
@@ -234,6 +235,7 @@ def test_editing_at_scales_of_one_is_the_model_that_knows_text_and_picture():
     np.testing.assert_allclose(drawn, jax.jit(partial(alone, m))(params, prompt([1, 5, 2]), image=seen), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_upscaling_tells_the_network_the_picture_with_its_noise_and_the_level():
     m, params = UPSCALING
     drawn, other = draw("upscaling", guidance=1), draw("upscaling", keys=KEYS[::-1], guidance=1)

@@ -242,6 +242,7 @@ def test_adaptive_can_be_differentiated(x64):
 # --- the reverse process ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_euler_maruyama_and_reverse_diffusion_are_the_formulas(x64):
     """x - f dt x + g^2 dt score + g sqrt(dt) z; and Song et al.'s predictors, whose beta is that of the step."""
     z, t, s = np.asarray(white(KEY, jnp.asarray(X), None, None)), 0.7, 0.65

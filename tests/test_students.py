@@ -146,6 +146,7 @@ def test_samples_of_a_model_of_two_times_are_jumps_of_its_flow_map(small):
 # Objectives ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_easy_consistency_begins_as_denoising_and_halves_its_distance():
     """With k = 0: at stage 0 r = t (1 - 1 / q), and with q = 1 r = 0, the target being the data itself."""
     x0, key = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.float32), jax.random.key(0)
@@ -214,6 +215,7 @@ def test_a_second_time_changes_nothing_at_first(networks):
     np.testing.assert_allclose(moved(z, a, 0 * a, label), z - a[:, None] * velocity(z, a, a, label), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_at_equal_times_the_average_is_the_velocity(networks):
     """u(z, a, a) is what the denoiser of one time says, whatever the second time has learned; elsewhere it differs."""
     silent, more = networks[2], shaken(networks[3])
@@ -315,6 +317,7 @@ def test_the_exact_average_velocity_is_the_target_of_alpha_flow(stage):
     assert float(jnp.mean(off)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [mean_flow_loss, improved_mean_flow_loss])
 def test_the_objective_of_mean_flow_is_its_loss_at_the_drawn_angles(loss, networks):
     """With the derivative taken through angle, noise level and vector: against central differences."""

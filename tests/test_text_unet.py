@@ -106,6 +106,7 @@ def test_downsampling_pads_before_and_after():
         np.testing.assert_array_equal(resample(jnp.asarray(lit))[0, :, :, 0], seen)
 
 
+@pytest.mark.slow
 def test_upsampling_is_the_nearest_pixel_for_odd_sizes_too():
     resample = Upsample(nnx.Rngs(0), 1, layers.Options(1, 1, 0.0, jnp.float32))
     resample.conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
@@ -156,6 +157,7 @@ def test_tokens_have_no_order_and_masked_ones_do_not_count(everything):
         np.testing.assert_allclose(apply(params, x, T, cond), apply(params, x, T, same), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_examples_are_independent_and_the_time_matters(everything):
     apply, params, x = everything
     cond = conditions()

@@ -280,12 +280,14 @@ def whole(request, tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "w.pth", file_of(request.param)
 
 
+@pytest.mark.slow
 def test_every_truncation_is_refused(whole):
     path, raw = whole
     for end in range(len(raw)):
         refused(path, raw[:end], "w.pth")
 
 
+@pytest.mark.slow
 @laws
 @given(place=st.integers(0, 2**20), noise=st.binary(min_size=1, max_size=8))
 def test_damage_never_does_more_than_fail(whole, place, noise):

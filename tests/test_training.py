@@ -231,6 +231,7 @@ def seen_conditions(batch, **options):
     return seen[0]
 
 
+@pytest.mark.slow
 def test_conditions_are_trees_that_are_dropped_as_a_whole():
     tokens, vector = jax.random.normal(jax.random.key(0), (1000, 5, 3)), jnp.ones((1000, 4))
     cond = {"tokens": tokens, "vector": (vector, jnp.arange(1000, dtype=jnp.int32))}
@@ -443,6 +444,7 @@ def drawn(small):
     return draw, params
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_how_many_are_drawn(drawn):
     draw, params = drawn
     pictures = make_pictures(draw, make_mesh(1), 4)

@@ -78,6 +78,7 @@ def test_targets_are_the_kernels_of_attention_or_of_all_blocks():
     assert kernels - many == {name for name in kernels if any(part in name for part in outside)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_merged_kernels_by_the_equation(dtype):
     lora = moved(begun(2, EVERYTHING))
@@ -119,6 +120,7 @@ def test_a_step_moves_the_factors_alone(plain):
     assert min(jax.tree.leaves(apart)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING])
 def test_the_file_says_what_was_trained(plain, tmp_path, naming, targets):
@@ -218,6 +220,7 @@ def test_a_whole_network_beside_its_kind(place, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_what_the_experiment_refuses(place, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     experiment = find_experiment("stable_diffusion")
@@ -239,6 +242,7 @@ def test_what_the_experiment_refuses(place, tmp_path, monkeypatch):
             experiment(model=model, size=16, **given).data()
 
 
+@pytest.mark.slow
 def test_models_that_are_not_tuned_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for kind in ("sdxl", "inpainting"):

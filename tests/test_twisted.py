@@ -49,6 +49,7 @@ def quadrature():
     return np.sum(x * density) / total, np.sum(x**2 * density) / total, np.log(total * (x[1] - x[0]))
 
 
+@pytest.mark.slow
 def test_evidence_is_unbiased():
     """E[Z] = p(y) for 16 particles, resampled at times, always, and never; 2000 runs, 4 standard errors."""
     run = unit_normal(16, 2000)

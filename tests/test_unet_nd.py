@@ -257,6 +257,7 @@ def test_remat_changes_nothing(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient("none"), gradient(remat))
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     """The residuals of the backward pass, counted in the jaxpr of the forward one."""
 
@@ -274,6 +275,7 @@ def test_remat_keeps_less():
 # Conditions ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_alone_are_the_label_of_a_dict():
     net = tiny((8, 2), classes=CLASSES)
     apply, params, x = quick(net.apply), noised(net.init(KEY)), normal(1, B, 8, 2)
@@ -300,6 +302,7 @@ def test_every_kind_counts_and_can_be_absent(kind):
     assert np.min(np.max(np.abs(full - zero), axis=(1, 2, 3))) > 1e-3
 
 
+@pytest.mark.slow
 def test_nothing_given_is_everything_absent():
     _, apply, params = made("everything")
     x, cond = normal(1, B, 8, 8, 2), conditioning.with_masks(conditions((8, 8)))
@@ -308,6 +311,7 @@ def test_nothing_given_is_everything_absent():
     np.testing.assert_array_equal(apply(params, x, T), apply(params, x, T, {}))
 
 
+@pytest.mark.slow
 def test_masked_tokens_do_not_count():
     _, apply, params = made("everything")
     x, cond = normal(1, B, 8, 8, 2), conditions((8, 8))
@@ -317,6 +321,7 @@ def test_masked_tokens_do_not_count():
     np.testing.assert_allclose(apply(params, x, T, cond)[1:], apply(params, x, T, short)[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_have_no_order():
     _, apply, params = made("sound")
     x, cond = normal(1, B, 8, 2), conditions((8,))
@@ -325,6 +330,7 @@ def test_tokens_have_no_order():
     np.testing.assert_allclose(apply(params, x, T, cond), apply(params, x, T, turned), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_guidance_takes_the_absent_condition():
     """Scale 0 is the model without a condition, for several kinds at once."""
     _, apply, params = made("everything")

@@ -150,6 +150,7 @@ def tiny():
     return autoencoder, autoencoder.init(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_round_trip_through_a_file(tiny, tmp_path):
     autoencoder, params = tiny
     back = load(files.save(tmp_path / "vae.safetensors", to_diffusers(params)), autoencoder)

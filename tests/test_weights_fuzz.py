@@ -185,6 +185,7 @@ def test_any_index(tmp_path_factory, value, name, file):
     assert tried(files.load, index) is None
 
 
+@pytest.mark.slow
 @laws
 @given(
     value=VALUES, name=st.sampled_from(["_class_name", "unet", "vae", "text_encoder", "scheduler", "tokenizer", "x"])
@@ -307,6 +308,7 @@ def test_keys_of_a_stream_that_are_no_names(tmp_path):
         assert torch_bytes(tmp_path / "w.pt", raw[:at] + other + raw[at + len(keys) :]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["archive", "stream"])
 def test_every_byte_of_torchs_files(tmp_path, layout):
     raw = file_of(layout, STATE)
@@ -374,6 +376,7 @@ def damaged(draw, state):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SINGLE)
 def test_damaged_single_files(family):
     @settings(deadline=None, max_examples=60, derandomize=True)
