@@ -558,4 +558,6 @@ def test_every_experiment_makes_a_step_of_its_own_size(name, tmp_path):
     )
     assert {m.shape for m in metrics.values()} == {()}
     shape = jax.eval_shape(make_draw(experiment), state.ema, example_keys(0, 0, 3), None)
-    assert shape.shape == (3, *experiment.shape)
+    side, *rest = experiment.shape
+    beside = experiment.drawing is not None  # a reconstruction at the right of its original
+    assert shape.shape == ((3, side, 2 * rest[0], *rest[1:]) if beside else (3, side, *rest))
