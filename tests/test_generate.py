@@ -36,15 +36,15 @@ def quick():
     """Programs that are compiled once for a use of a model, and not optimized."""
     kept, make = {}, command.picture_program
 
-    def program(options, loaded, job, mesh, bar):
+    def program(options, loaded, job, mesh, tick):
         asked = [options[key] for key in ("model", "refiner", "upscale", "sampler", "controlnet")]
         name = str((asked, bool(options["embedding"]), job.use, job.latent))
         if name not in kept:
-            kept[name] = make(options, loaded, job, mesh, bar)
+            kept[name] = make(options, loaded, job, mesh, tick)
         return kept[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "reporting", lambda sampler, bar: sampler)
+        patch.setattr(command, "reporting", lambda sampler, tick: sampler)
         patch.setattr(command, "picture_program", program)
         before = jax.config.read("jax_disable_most_optimizations")
         jax.config.update("jax_disable_most_optimizations", True)
@@ -270,7 +270,7 @@ def test_a_refiner_and_an_upscaler_follow(draw, tmp_path):
 def test_the_bar_moves_with_each_step():
     bar = command.tqdm(total=4, disable=False, file=open(os.devnull, "w"))  # noqa: SIM115
     plain = Sampler(lambda x: (), lambda key, x, state, t, s, denoise: (x + s, state))
-    sampler = command_reporting(plain, bar)
+    sampler = command_reporting(plain, bar.update)
     x = jax.jit(lambda x: sampler.step(None, x, (), 1.0, 0.5, None)[0])(jnp.zeros(2))
     jax.effects_barrier()
     assert x.tolist() == [0.5, 0.5]
@@ -278,6 +278,17 @@ def test_the_bar_moves_with_each_step():
 
 
 command_reporting = command.reporting
+
+
+def test_what_cannot_fit_is_refused_before_it_is_compiled(draw, models, monkeypatch, capfd):
+    params = command.load_models(options(model=models / "main"))["main"].params
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    layer = 4 * 16 * 24 * (8 + 8)  # of the decoder's last block
+    for n in (1, 2):
+        monkeypatch.setattr(command, "memory_of", lambda device, n=n: held + n * layer - 1)
+        with pytest.raises(InputError, match="not enough memory.*batch=1, a smaller size="):
+            draw(n=n, batch=n)
+    assert capfd.readouterr().err == ""
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from diffusion_jax.training.mesh import make_mesh
 from diffusion_jax.training.roofline import (
     CHIPS,
     batch_shapes,
+    convolution_bytes,
     count_flops,
     find_chip,
     image_share,
@@ -123,6 +124,18 @@ class TestModelFlops:
             return jax.lax.cond(jnp.sum(x) > 0, lambda x: (x @ w) @ w, lambda x: x @ w, x)
 
         assert count_flops(f, *shapes((4, 4), (4, 4))) == (5 + 2) * 2 * 4**3
+
+    def test_arrays_of_the_largest_convolution(self):
+        def f(x, small, large):
+            def both(x, _):
+                return convolve(convolve(x, large, 1, 1), small, 1, 1), None
+
+            return jax.lax.scan(jax.checkpoint(both), x, None, length=5)[0] + convolve(x, small[..., :12, :], 1, 1)
+
+        x, small, large = shapes((2, 8, 8, 12), (1, 1, 40, 12), (3, 3, 12, 40))
+        wanted = 4 * 2 * 8 * 8 * (12 + 40)
+        assert convolution_bytes(f, x, small, large) == wanted
+        assert jax.jit(f).lower(x, small, large).compile().memory_analysis().peak_memory_in_bytes >= wanted
 
     def test_backward_is_two_products_for_each(self):
         x, w = shapes((4, 6), (6, 8))

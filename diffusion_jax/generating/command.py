@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from diffusion_jax.training.data import to_uint8
 from diffusion_jax.training.generate import example_keys
 from diffusion_jax.training.mesh import make_mesh, on_mesh, replicated, split_axis
 from diffusion_jax.training.pictures import fitting_scale, grid, save_picture
+from diffusion_jax.training.roofline import convolution_bytes, memory_of
 from diffusion_jax.typing import Array, InputError, Params, Sampler
 
 TO_SHOW = 25
@@ -131,9 +133,11 @@ def pictures(options: Options, loaded: Mapping[str, Loaded], job: Job) -> Iterat
     mesh = make_mesh(options["devices"])
     n = options["n"]
     batch = min(-(-n // mesh.shape["data"]), options["batch"] or _at_once()) * mesh.shape["data"]
+    program = picture_program(options, loaded, job, mesh, lambda: bar.update())
+    params = {name: one.params for name, one in loaded.items()}
+    check_memory(program, params, job, batch, mesh)
     bar = tqdm(total=job.steps * -(-n // batch), desc="drawing", unit="step", dynamic_ncols=True)
-    program = picture_program(options, loaded, job, mesh, bar)
-    params = jax.device_put({name: one.params for name, one in loaded.items()}, replicated(mesh))
+    params = jax.device_put(params, replicated(mesh))
     rows = split_axis(mesh)
     keys_of = jax.jit(example_keys, static_argnums=2, out_shardings=rows)
 
@@ -156,12 +160,15 @@ def pictures(options: Options, loaded: Mapping[str, Loaded], job: Job) -> Iterat
 
 
 def picture_program(
-    options: Options, loaded: Mapping[str, Loaded], job: Job, mesh: Mesh, bar: tqdm
+    options: Options, loaded: Mapping[str, Loaded], job: Job, mesh: Mesh, tick: Callable[[], Any]
 ) -> Callable[[Mapping[str, Params], Common, Array, Array | None], Array]:
-    """(params, common, keys [b], noise f32[b, h, w, c] or None) -> u8[b, h, w, 3], jitted whole."""
+    """(params, common, keys [b], noise f32[b, h, w, c] or None) -> u8[b, h, w, 3], jitted whole.
+
+    tick: called after each step where that is possible.
+    """
     chosen = {name: SAMPLERS[options["sampler"]](one.model.schedule) for name, one in loaded.items()}
     if jax.devices()[0].platform == "cpu":  # elsewhere a program that calls back could not be kept on disk
-        chosen = {name: reporting(sampler, bar) for name, sampler in chosen.items()}
+        chosen = {name: reporting(sampler, tick) for name, sampler in chosen.items()}
     bare = {name: one._replace(params=None) for name, one in loaded.items()}
 
     def draw(params: Mapping[str, Params], common: Common, keys: Array, noise: Array | None) -> Array:
@@ -173,11 +180,24 @@ def picture_program(
     return jax.jit(on_mesh(draw, mesh), out_shardings=split_axis(mesh))
 
 
-def reporting(inner: Sampler, bar: tqdm) -> Sampler:
-    """`inner`, moving a bar with each step."""
+def check_memory(program: Any, params: Mapping[str, Params], job: Job, batch: int, mesh: Mesh) -> None:
+    """InputError where a device cannot hold the parameters and the largest layer's arrays; nothing is compiled."""
+    device = mesh.devices.flat[0]
+    there = memory_of(device)
+    keys = jax.eval_shape(partial(example_keys, 0, 0, batch))
+    noise = None if job.noise is None else jax.ShapeDtypeStruct((batch, *job.noise.shape[1:]), jnp.float32)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    layer = convolution_bytes(program, params, job.common, keys, noise) // mesh.shape["data"]
+    if there is not None and held + layer > there:
+        gib = [f"{n / 2**30:.1f} GiB" for n in (held, layer, there)]
+        raise InputError(
+            f"not enough memory: {gib[0]} of parameters and {gib[1]} for the largest layer alone, and this "
+            f"{device.platform} has {gib[2]}; batch=1, a smaller size=, tile=512 and precision=bfloat16 take less"
+        )
 
-    def tick() -> None:
-        bar.update()
+
+def reporting(inner: Sampler, tick: Callable[[], Any]) -> Sampler:
+    """`inner`, calling `tick` with each step."""
 
     def step(key: Any, x: Array, *rest: Any) -> Any:
         jax.debug.callback(tick)

@@ -114,6 +114,29 @@ def count_flops(f: Callable[..., Any], *arguments: Any) -> int:
     return _count(jax.make_jaxpr(f)(*arguments).jaxpr)
 
 
+def convolution_bytes(f: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of input and output of the largest convolution of f(*arguments), kernels not counted.
+
+    Both lie in memory at one moment whatever a compiler does, so that f needs no less beside its parameters.
+
+    >>> x, kernel = jnp.ones((1, 2, 4, 4)), jnp.ones((3, 2, 1, 1))
+    >>> convolution_bytes(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), "SAME"), x, kernel)
+    320
+    """
+    return _largest(jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+def memory_of(device: Any) -> int | None:
+    """Bytes of memory that programs on a device share, None where neither it nor the table says."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    chip = find_chip(device.device_kind)
+    return None if chip is None else int(chip.memory)
+
+
 def train_flops(experiment: Experiment, loss: LossFn, batch: Mapping[str, Any]) -> int:
     """Equation (2) for one step on a batch of arrays or of their shapes; nothing is computed."""
     params = jax.eval_shape(experiment.net.init, jax.random.key(0))
@@ -169,6 +192,17 @@ def _prepares(experiment: Experiment, image: jax.ShapeDtypeStruct) -> bool:
     except (TypeError, ValueError):
         return False
     return tuple(x0.shape[1:]) == tuple(experiment.shape) and jnp.issubdtype(x0.dtype, jnp.floating)
+
+
+def _largest(jaxpr: Any) -> int:
+    """Of the convolutions in it and in the programs inside it."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            arrays = eqn.invars[0].aval, eqn.outvars[0].aval
+            found = max(found, sum(math.prod(one.shape) * one.dtype.itemsize for one in arrays))
+        found = max([found, *map(_largest, _inner(eqn.primitive.name, eqn.params))])
+    return found
 
 
 def _count(jaxpr: Any) -> int:
