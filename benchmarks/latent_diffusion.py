@@ -41,7 +41,7 @@ SIZES = {
     "full": Size({"steps": 15_000, "batch": 256, **FULL}, {"steps": 40_000, "batch": 512, **FULL}, 10_000, 200),
     "cpu": Size(
         {"steps": 1500, "batch": 32, "width": 16, "start": 700, "learning_rate": 2e-3, "sample_every": 0},
-        {"steps": 4000, "batch": 64, "width": 64, "learning_rate": 1e-3, "sample_every": 0, "checkpoint_every": 500},
+        {"steps": 4000, "batch": 32, "width": 64, "learning_rate": 1e-3, "sample_every": 0, "checkpoint_every": 500},
         1000, 20,
     ),
     "toy": Size(

@@ -178,6 +178,10 @@ class TestChips:
         assert image_share(experiment, mesh) == pytest.approx(whole / 16 / 1e9)
 
 
+def runs(program):
+    return {op.name: times for _, op, times in program.walk()}
+
+
 class TestProgram:
     def test_shapes_in_memory(self):
         assert Shape("bf16", (3, 5)).bytes == 30
@@ -187,11 +191,17 @@ class TestProgram:
 
     def test_loops_are_counted(self):
         program = Program(TEXT)
-        counts = {op.name: times for _, op, times in program.walk()}
-        assert counts["y"] == 5
-        assert counts["out"] == 1
+        assert runs(program)["y"] == 5
+        assert runs(program)["out"] == 1
         assert program.flops(program.computations["body"]["y"], "body") == 2 * 8 * 16 * 4
-        assert Program(TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')).walk()
+        known = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+        assert runs(Program(known))["y"] == 7
+
+    def test_loops_whose_counter_is_copied_to_another_memory(self):
+        copied = TEXT.replace("add(%i, %one)", "add(%kept, %one)").replace("compare(%i, %n)", "compare(%kept, %n)")
+        for line in ("  %one = ", "  %n = "):
+            copied = copied.replace(line, f"  %kept = s32[]{{:T(128)S(6)}} copy(%i)\n{line}")
+        assert runs(Program(copied))["y"] == 5
 
     def test_collectives(self):
         gather, reduce = sorted(Program(TEXT).collectives(), key=lambda c: c.kind)

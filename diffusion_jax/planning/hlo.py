@@ -180,7 +180,7 @@ class Program:
         test, step = (next((o for o in ops.values() if o.root), None) for ops in (condition, body))
         if test is None or step is None or test.opcode != "compare" or "direction=LT" not in test.rest:
             return 1
-        counter, limit = (condition[name] for name in test.operands)
+        counter, limit = (_uncopied(condition, name) for name in test.operands)
         place = counter.attribute("index") if counter.opcode == "get-tuple-element" else None
         if place is None or limit.opcode != "constant" or step.opcode != "tuple":
             return 1
@@ -345,14 +345,23 @@ def _sliced(parameter: Op, users: dict[str, list[Op]], whole: int) -> int:
 
 def _added(table: dict[str, Op], name: str, place: str) -> int:
     """The constants that were added to element `place` of a loop's tuple; 0 if `name` is anything else."""
-    op, total = table[name], 0
+    op, total = _uncopied(table, name), 0
     while op.opcode == "add":
-        constants = [table[n] for n in op.operands if table[n].opcode == "constant"]
-        others = [table[n] for n in op.operands if table[n].opcode != "constant"]
+        terms = [_uncopied(table, n) for n in op.operands]
+        constants = [term for term in terms if term.opcode == "constant"]
+        others = [term for term in terms if term.opcode != "constant"]
         if len(constants) != 1:
             return 0
         total, op = total + _leading_number(constants[0].rest), others[0]
     return total if op.opcode == "get-tuple-element" and op.attribute("index") == place else 0
+
+
+def _uncopied(table: dict[str, Op], name: str) -> Op:
+    """The operation whose value `name` is, whatever memory it was copied to since."""
+    op = table[name]
+    while op.opcode in ("copy", "bitcast") and op.operands[0] in table:
+        op = table[op.operands[0]]
+    return op
 
 
 def _leading_number(text: str) -> int:
