@@ -203,6 +203,15 @@ class TestProgram:
             copied = copied.replace(line, f"  %kept = s32[]{{:T(128)S(6)}} copy(%i)\n{line}")
         assert runs(Program(copied))["y"] == 5
 
+    def test_kernels_whose_metadata_has_lines_of_its_own(self):
+        kernel = (
+            '  %kernel = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes='
+            '{kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="attend" stack_frame_id=7}\n'
+        )
+        program = Program(TEXT.replace("  %y = ", f"{kernel}  %y = "))
+        assert runs(program) == {**runs(Program(TEXT)), "kernel": 5}
+        assert program.computations["body"]["kernel"].frame == 7
+
     def test_collectives(self):
         gather, reduce = sorted(Program(TEXT).collectives(), key=lambda c: c.kind)
         assert gather == Collective("all-gather", 2 * 120, (0, 2), 2, 1, False)

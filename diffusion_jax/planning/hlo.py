@@ -38,6 +38,8 @@ FREE = {
 """Operations that move nothing."""
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^{}]*)\})?")
+_CONTINUED = re.compile(r"\n(?=\"|\}\})")
+"""Before lines that go on with an operation: the metadata of kernels."""
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -269,7 +271,7 @@ def collective_kind(opcode: str) -> str | None:
 def _parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
     computations: dict[str, dict[str, Op]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _CONTINUED.sub(" ", text).splitlines():
         if current is None or not line.startswith(" "):
             header = re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line)
             current = computations.setdefault(header[2], {}) if header else None
