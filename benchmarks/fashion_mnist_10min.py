@@ -341,6 +341,9 @@ def main(words: list[str]) -> int:
     known = own_pieces(place)
     if given.piece not in known:
         parser.error(f"--piece {given.piece}: there are {', '.join(known)}")
+    from diffusion_jax.training.checkpoint import quieten
+
+    quieten()
     known[given.piece]()
     return 0
 

@@ -80,6 +80,7 @@ def measured(out: Path, size: Size) -> dict[str, Any]:
     import numpy as np
 
     from diffusion_jax.evaluation import fashion_mnist as protocol
+    from diffusion_jax.training.checkpoint import quieten
     from diffusion_jax.training.data import prepare, to_uint8
     from diffusion_jax.training.first_stage import first_stage
     from diffusion_jax.training.generate import at_a_time, make_draw, make_pictures

@@ -206,7 +206,8 @@ class TestProgram:
     def test_kernels_whose_metadata_has_lines_of_its_own(self):
         kernel = (
             '  %kernel = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes='
-            '{kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="attend" stack_frame_id=7}\n'
+            '{kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, '
+            'metadata={op_name="attend" stack_frame_id=7}\n'
         )
         program = Program(TEXT.replace("  %y = ", f"{kernel}  %y = "))
         assert runs(program) == {**runs(Program(TEXT)), "kernel": 5}
