@@ -88,6 +88,7 @@ def measured(out: Path, size: Size) -> dict[str, Any]:
     from diffusion_jax.training.pictures import grid, save_picture
     from diffusion_jax.training.teacher import find_teacher, teacher_params
 
+    quieten()
     stage, teacher = (
         first_stage(str(out / "runs/autoencoder/first")),
         find_teacher(str(out / f"runs/{EXPERIMENT}/second")),
