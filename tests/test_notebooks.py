@@ -1,6 +1,6 @@
 """The notebooks run as they are written, with a model that is tiny and random in place of the one they name."""
 
-import re
+import json
 from pathlib import Path
 
 import jax
@@ -11,16 +11,15 @@ import pytest
 import tiny_models
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-CELL = re.compile(r"^```python(?P<tags>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
 def run(notebook, **parameters):
     """The names that a notebook's cells leave behind; `parameters` replace those of its cell of that tag."""
     names: dict = {"__name__": "__main__"}
-    for cell in CELL.finditer(notebook.read_text()):
-        line = notebook.read_text()[: cell.start("code")].count("\n")
-        exec(compile("\n" * line + cell["code"], str(notebook), "exec"), names)
-        if "parameters" in cell["tags"]:
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook.name}, {cell['id']}", "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
             assert parameters.keys() <= names.keys()
             names.update(parameters)
     return names
@@ -39,13 +38,13 @@ def quick(monkeypatch):
 
 
 def test_every_notebook_is_run_here():
-    assert [path.stem for path in NOTEBOOKS.glob("*.md")] == ["stable_diffusion"]
+    assert [path.stem for path in NOTEBOOKS.glob("*.ipynb")] == ["stable_diffusion"]
 
 
 @pytest.mark.slow
 def test_from_prompt_to_picture(quick, tmp_path):
     model = tiny_models.write_model(tmp_path / "sd15")
-    names = run(NOTEBOOKS / "stable_diffusion.md", MODEL=str(model), SIZE=(16, 24), STEPS=3)
+    names = run(NOTEBOOKS / "stable_diffusion.ipynb", MODEL=str(model), SIZE=(16, 24), STEPS=3)
     drawn = {name: np.asarray(names[name]) for name in ("pictures", "changed", "repainted")}
     assert {pictures.shape for pictures in drawn.values()} == {(2, 16, 24, 3)}
     assert all(pictures.std() > 0.05 and np.abs(pictures).max() <= 1 for pictures in drawn.values())
