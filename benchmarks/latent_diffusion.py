@@ -7,9 +7,10 @@
 What is done already is not done again: the same command goes on where it stopped. OUT/README.md is the report.
 
 Measured: what the autoencoder keeps of held-out pictures (error of a pixel, and the protocol's distances of
-reconstructions); samples of captions as the training set has them (the protocol's numbers beside their floors); and for
-captions of a class and a tone, whether the class is the one asked for by the protocol's classifier, and whether the
-cloth is darker, or brighter, than the median of its class as the caption says: both, the attribute accuracy.
+reconstructions); and for some scales of guidance, samples of captions as the training set has them (the protocol's
+numbers beside their floors), and of all captions alike, whether the class is the one asked for by the protocol's
+classifier, and whether the cloth is darker, or brighter, than the median of its class as the caption says: both, the
+attribute accuracy.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ EXPERIMENT = "ldm_fashion_mnist"
 
 
 class Size(NamedTuple):
-    """Arguments of the stages; n: samples measured; each: of every caption; real: training pictures compared with."""
+    """Arguments of the stages; n: samples measured; each: of every caption; real: training pictures compared with.
+
+    guidance: the scales that samples are drawn with.
+    """
 
     autoencoder: dict[str, Any]
     ldm: dict[str, Any]
     n: int
     each: int
+    guidance: tuple[float, ...] = (1.5, 3.0, 5.0)
     real: int | None = None
 
 
@@ -42,12 +47,12 @@ SIZES = {
     "cpu": Size(
         {"steps": 1500, "batch": 32, "width": 16, "start": 700, "learning_rate": 2e-3, "sample_every": 0},
         {"steps": 4000, "batch": 32, "width": 64, "learning_rate": 1e-3, "sample_every": 0, "checkpoint_every": 500},
-        1000, 20,
+        500, 10,
     ),
     "toy": Size(
         {"steps": 4, "batch": 8, "width": 8, "start": 2, "log_every": 2, "sample_every": 0},
         {"steps": 4, "batch": 8, "width": 8, "log_every": 2, "sample_every": 0, "sample_steps": 2},
-        50, 2, 300,
+        50, 2, (1.5,), 300,
     ),
 }  # fmt: skip
 
@@ -105,33 +110,42 @@ def measured(out: Path, size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {"reconstruction": {"mean absolute error of a pixel": float(error.mean())}}
     found["reconstruction"] |= _numbers(protocol.measure(again, test_y[:n], real))
 
-    pictures = make_pictures(make_draw(experiment), make_mesh(1), at_a_time(experiment), experiment.decode)
-
-    def draw(captions: np.ndarray, seed: int) -> np.ndarray:
-        return np.concatenate(list(pictures(params, len(captions), seed, captions.astype(np.int32))))
-
     bounds = made["tone_bounds"](train_x, train_y)
     captions = 3 * train_y + made["tones"](train_x, train_y, bounds)
     chosen = np.random.default_rng(0).permutation(captions)[:n]
-    begin = time.perf_counter()
-    samples = draw(chosen, 0)
-    found["seconds a sample"] = (time.perf_counter() - begin) / n
-    found["samples"] = _numbers(protocol.measure(samples, chosen // 3, real))
-    found["floor"] = _numbers(protocol.floors(n, real))
-
     asked = np.repeat(np.arange(30), size.each)
-    drawn = draw(asked, 1)
-    looks, bright = protocol.look(drawn).looks, made["brightness"](drawn)
-    tone = np.where(asked % 3 == 1, True, (bright > bounds[asked // 3, 1]) == (asked % 3 == 2))
-    right = looks == asked // 3
-    found["attributes"] = {
-        "class": float(right.mean()), "tone, where it is asked for": float(tone[asked % 3 != 1].mean()),
-        "class and tone": float((right & tone).mean()), "samples": len(asked),
-    }  # fmt: skip
-    order = drawn.reshape(10, 3, size.each, 28, 28, 1)[:, :, :2].reshape(-1, 28, 28, 1)
-    save_picture(out / "samples.png", grid(order, 12, 2))
+
+    def attributes(shown: np.ndarray, told: np.ndarray) -> dict[str, float]:
+        looks, bright = protocol.look(shown).looks, made["brightness"](shown)
+        right, free = looks == told // 3, told % 3 == 1
+        tone = (bright > bounds[told // 3, 1]) == (told % 3 == 2)
+        rates = {"class": right, "tone": tone[~free], "class and tone": right & (tone | free)}
+        return {name: float(rate.mean()) for name, rate in rates.items()} | {"pictures": len(told)}
+
+    of_test = 3 * test_y[:n] + made["tones"](test_x[:n], test_y[:n], bounds)
+    found["reconstruction"] |= attributes(again, of_test)
+    found["floor"] = _numbers(protocol.floors(n, real)) | attributes(test_x[:n], of_test)
+    for scale in size.guidance:
+        pictures = make_pictures(
+            make_draw(experiment, guidance=scale), make_mesh(1), at_a_time(experiment), experiment.decode
+        )
+        begin = time.perf_counter()
+        samples = _drawn(pictures, params, chosen, 0)
+        seconds = (time.perf_counter() - begin) / n
+        drawn = _drawn(pictures, params, asked, 1)
+        numbers = _numbers(protocol.measure(samples, chosen // 3, real))
+        found[f"guidance {scale}"] = numbers | attributes(drawn, asked) | {"seconds a sample": seconds}
+        order = drawn.reshape(10, 3, size.each, 28, 28, 1)[:, :, :2].reshape(-1, 28, 28, 1)
+        save_picture(out / f"samples-{scale}.png", grid(order, 12, 2))
     save_picture(out / "reconstructions.png", grid(np.stack([test_x[:20], again[:20]]).reshape(-1, 28, 28, 1), 20, 2))
     return found
+
+
+def _drawn(pictures: Any, params: Any, captions: Any, seed: int) -> Any:
+    """A picture for each number of a caption."""
+    import numpy as np
+
+    return np.concatenate(list(pictures(params, len(captions), seed, captions.astype(np.int32))))
 
 
 def _real(out: Path, train_x: Any, train_y: Any, test_x: Any, test_y: Any) -> Any:
@@ -152,21 +166,23 @@ def report(out: Path, size: str, seconds: dict[str, float], found: dict[str, Any
     """The page."""
     import jax
 
-    metrics = ("fd", "kd", "c2st", "copy", "authenticity", "accuracy")
-    rows = [f"| {name} | " + " | ".join(f"{found[key].get(m, float('nan')):.4g}" for m in metrics) + " |"
-            for name, key in (("samples", "samples"), ("reconstructions of test pictures", "reconstruction"),
-                              ("floor: real pictures", "floor"))]  # fmt: skip
-    told, off = found["attributes"], found["reconstruction"]["mean absolute error of a pixel"]
+    metrics = ("fd", "kd", "c2st", "copy", "authenticity", "class", "tone", "class and tone")
+    named = {"floor": "real held-out pictures", "reconstruction": "reconstructions of held-out pictures"}
+    order = [name for name in found if name.startswith("guidance")] + ["reconstruction", "floor"]
+    cells = {name: [f"{found[name][metric]:.4g}" for metric in metrics] for name in order}
+    rows = [" | ".join([f"| {named.get(name, name)}", *cells[name], ""]).rstrip() for name in order]
+    off = found["reconstruction"]["mean absolute error of a pixel"]
     lines = [
         "# Latent diffusion on Fashion-MNIST", "",
         f"`python benchmarks/latent_diffusion.py --size {size}` on {jax.devices()[0].device_kind}: "
         f"autoencoder {seconds['autoencoder'] / 60:.1f} min, U-Net {seconds['ldm'] / 60:.1f} min of training.", "",
         "| | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics), *rows, "",
         f"A pixel of a reconstruction is off by {100 * off:.2f} % of the range.", "",
-        f"Of {told['samples']} samples of the 30 captions, {100 * told['class']:.1f} % are of the class asked for, "
-        f"{100 * told['tone, where it is asked for']:.1f} % of the tone where one is asked for, "
-        f"{100 * told['class and tone']:.1f} % are both.", "",
-        "![Two samples of each caption: dark, as it comes, bright; a row for two classes](samples.png)", "",
+        "Class: the share that the protocol's classifier takes for the class of its caption. Tone: of those whose "
+        "caption names one, the share that is darker, or brighter, than the median of its class. Class and tone: both, "
+        f"where no tone is named the class alone; of {found[order[0]]['pictures']} samples of the 30 captions.", "",
+        *(line for name in order[:-2] for line in (
+            f"![Two samples of each caption: dark, as it comes, bright; {name}](samples-{name.split()[1]}.png)", "")),
         "![Held-out pictures above what comes back of them](reconstructions.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)

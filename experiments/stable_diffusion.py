@@ -125,13 +125,13 @@ def experiment(
     if method == "lora":
         optimizer = optax.partition({"lora": optimizer, "frozen": optax.set_to_zero()}, trained_alone)
     sets = [(path, caption)] + ([(kind, kind_caption)] if kind else [])
-    texts = () if caption == "" else (caption,)
+    texts, nothing = () if caption == "" else (caption,), text_states(model, ("",))[0]
     return Experiment(
         data=lambda: prepared(model, sets, side, latents),
         shape=(wide, wide, loaded.model.channels),
         net=tuned,
         schedule=schedule,
-        read=lambda net: parameterize(told(net), schedule, predicts, discrete_time(loaded.model.table)),
+        read=lambda net: parameterize(told(net, nothing), schedule, predicts, discrete_time(loaded.model.table)),
         objective=make_objective(schedule, draw_discrete(loaded.model.table), partial(denoising_loss, target=predicts)),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optimizer),
         ema=(),
@@ -142,7 +142,7 @@ def experiment(
         batch=batch,
         accumulate=accumulate,
         seed=seed,
-        null=text_states(model, ("",))[0],
+        null=nothing,
         drop=drop,
         guidance=5.0,
         prepare=draw_from_moments(scale),
@@ -237,9 +237,14 @@ def all_pictures(path: Path, side: int) -> Data:
     return Data({"image": images, "label": np.arange(len(names), dtype=np.int32)}, None, (), (side, side, 3))
 
 
-def told(net: Callable[[Array, Array, Cond], Array]) -> Callable[[Array, Array, Cond], Array]:
-    """The network given token states alone."""
-    return lambda x, t, cond: net(x, t, {"tokens": cond.astype(jnp.float32)})
+def told(net: Callable[[Array, Array, Cond], Array], nothing: np.ndarray) -> Callable[[Array, Array, Cond], Array]:
+    """The network given token states alone, those of no text where there are none."""
+
+    def given(x: Array, t: Array, cond: Cond) -> Array:
+        tokens = jnp.broadcast_to(nothing, (x.shape[0], *nothing.shape)) if cond is None else cond
+        return net(x, t, {"tokens": tokens.astype(jnp.float32)})
+
+    return given
 
 
 def caption_of(picture: Path) -> str:

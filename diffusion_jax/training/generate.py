@@ -62,8 +62,9 @@ def make_draw(
 
     def draw(params: Params, keys: Array, labels: Array | None) -> Array:
         denoiser = conditional = experiment.read(partial(experiment.net.apply, params))
+        classes = classes_of(experiment)
         if labels is None or experiment.null is None:
-            cond = jax.tree.map(lambda null: jnp.broadcast_to(null, keys.shape + jnp.shape(null)), experiment.null)
+            cond = None if classes is None else jnp.full(keys.shape, classes, jnp.int32)
         else:
             cond = labels
             denoiser = classifier_free(denoiser, experiment.null, scale)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from diffusion_jax.systems.sentences import PACKAGE
 from diffusion_jax.training import sources
 from diffusion_jax.training.parameters import write_parameters
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None, reason="the text encoder is not installed: make .venv/text_encoder"
 )
@@ -91,3 +95,24 @@ def test_autoencoder_latents_training_pictures(tmp_path, monkeypatch, capfd, cas
         assert main(["train", name, *given, "run=other", wrong]) == 2
         (line,) = capfd.readouterr().err.strip().splitlines()
         assert message in line
+
+
+def test_the_script_at_toy_size_measures_everything_and_goes_on_where_it_was(tmp_path):
+    if not sources.DEBIAN_FASHION_MNIST.is_dir():
+        pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
+    command = [sys.executable, ROOT / "benchmarks" / "latent_diffusion.py", "--size", "toy", "--out", tmp_path]
+    subprocess.run([*command, "--data-dir", tmp_path / "data"], check=True, cwd=ROOT)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.keys() == {"seconds", "reconstruction", "floor", "guidance 1.5"}
+    for name in ("reconstruction", "floor", "guidance 1.5"):
+        assert all(0 <= found[name][rate] <= 1 for rate in ("class", "tone", "class and tone", "c2st", "accuracy"))
+        assert found[name]["class and tone"] <= found[name]["class"]
+    assert found["floor"]["tone"] == 1  # by what a tone is
+    assert found["floor"]["fd"] < found["guidance 1.5"]["fd"]
+    assert found["guidance 1.5"]["pictures"] == 60
+    page = (tmp_path / "README.md").read_text()
+    pictures = re.findall(r"\]\((.+\.png)\)", page)
+    assert sorted(pictures) == sorted(path.name for path in tmp_path.glob("*.png"))
+    module = runpy.run_path(str(ROOT / "benchmarks" / "latent_diffusion.py"))
+    seconds = module["train"](tmp_path, module["SIZES"]["toy"], "")
+    assert seconds == found["seconds"], "what was trained is not trained again"
