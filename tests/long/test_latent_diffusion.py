@@ -97,7 +97,7 @@ def test_autoencoder_latents_training_pictures(tmp_path, monkeypatch, capfd, cas
         assert message in line
 
 
-def test_the_script_at_toy_size_measures_everything_and_goes_on_where_it_was(tmp_path):
+def test_the_script_at_toy_size(tmp_path):
     if not sources.DEBIAN_FASHION_MNIST.is_dir():
         pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
     command = [sys.executable, ROOT / "benchmarks" / "latent_diffusion.py", "--size", "toy", "--out", tmp_path]
