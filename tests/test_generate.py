@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusion_jax.__main__ import main
 from diffusion_jax.arguments import resolve
-from diffusion_jax.generating import command, files
+from diffusion_jax.generating import command, files, tasks
 from diffusion_jax.generating.options import generate_options
 from diffusion_jax.ops import fold, normal_like
 from diffusion_jax.training.generate import example_keys
@@ -278,6 +278,16 @@ def test_the_bar_moves_with_each_step():
 
 
 command_reporting = command.reporting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+def test_the_check_of_memory_traces_what_is_compiled(draw, tmp_path, monkeypatch, given):
+    traced, text = [], tasks.USES["text"]
+    monkeypatch.setitem(tasks.USES, "text", lambda *parts: traced.append(parts) or text(*parts))
+    np.save(tmp_path / "noise.npy", np.zeros((3, 12, 8, 4), np.float32))
+    draw(n=3, **({"latents": tmp_path / "noise.npy"} if given else {}))
+    assert len(traced) == 1
 
 
 def test_what_cannot_fit_is_refused_before_it_is_compiled(draw, models, monkeypatch, capfd):

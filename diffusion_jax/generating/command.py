@@ -184,10 +184,14 @@ def check_memory(program: Any, params: Mapping[str, Params], job: Job, batch: in
     """InputError where a device cannot hold the parameters and the largest layer's arrays; nothing is compiled."""
     device = mesh.devices.flat[0]
     there = memory_of(device)
-    keys = jax.eval_shape(partial(example_keys, 0, 0, batch))
-    noise = None if job.noise is None else jax.ShapeDtypeStruct((batch, *job.noise.shape[1:]), jnp.float32)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    layer = convolution_bytes(program, params, job.common, keys, noise) // mesh.shape["data"]
+    # Shapes that lie as the arrays will, so that this trace is the one that is compiled.
+    shaped = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)))
+    keys = jax.eval_shape(partial(example_keys, 0, 0, batch)).update(sharding=split_axis(mesh))
+    noise = None
+    if job.noise is not None:
+        noise = jax.ShapeDtypeStruct((batch, *job.noise.shape[1:]), jnp.float32, sharding=split_axis(mesh))
+    layer = convolution_bytes(program, shaped(params), job.common, keys, noise) // mesh.shape["data"]
     if there is not None and held + layer > there:
         gib = [f"{n / 2**30:.1f} GiB" for n in (held, layer, there)]
         raise InputError(
